@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Stories played on test machines. One file per subject; `tests/README.md` says how to write and run one.
+
+mod boot;
+mod module_faults;
+mod module_life;
+mod module_ops;
+mod module_order;
+mod module_parity;
+mod module_rig;
+mod module_ring;
+mod module_smoke;
+mod network;
+mod replication_faults;
+mod replication_files;
+mod replication_mirror;
+mod replication_refusals;
+mod replication_resync;
+mod replication_rig;

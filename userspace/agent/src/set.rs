@@ -1,0 +1,638 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The thread of a set: finds its stream, keeps its connection, moves its records.
+//!
+//! ```text
+//!   no stream --> disconnected --> shipping --cut--> disconnected ...
+//!       ^             |                |
+//!       +-------------+----------------+  the stream cannot be used any more
+//! ```
+//!
+//! One thread does all of it, so nothing here is locked: records, acknowledgements, requests of
+//! `dtloop` and the reads of mirrors are taken in turn.
+
+mod jobs;
+mod requests;
+mod shared;
+mod shipping;
+mod status;
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dtloop_abi::{CaptureStream, raw};
+use dtloop_api::{Connection, Rates, Totals};
+use dtloop_core::mirror::{DeviceJob, JobKind, JobState, Planner};
+use dtloop_core::replica::SetMemory;
+use dtloop_core::resync::Resync;
+use dtloop_core::source::{Resumed, SessionError, SourceSession};
+use dtloop_proto::message::{
+    DeviceOffer, Hello, Marker, Refuse, VolumeReport, VolumeSync, Welcome,
+};
+use dtloop_proto::{Message, Uuid};
+
+use shared::lock;
+pub use shared::{Command, SetShared};
+
+use crate::config::SetConfig;
+use crate::link::{Link, LinkError};
+use crate::ship::{Outbox, ShipError};
+use crate::snapshot::JobView;
+use crate::streams::Streams;
+
+/// Longest time for the target's answer to the hello: it may be replaying its journal.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A ping is sent when nothing else was received for this long.
+const PING_AFTER: Duration = Duration::from_secs(5);
+
+/// How often a stream that is not there is looked for.
+const STREAM_RETRY: Duration = Duration::from_millis(500);
+
+/// First pause before a connection is tried again; it doubles.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+
+/// While records come, the thread sleeps until this many more have come or [`BUSY_WAIT`] is over.
+const WAKE_AHEAD: u64 = 64;
+
+/// Longest wait for a device that was announced in the stream.
+const DEVICE_WAIT: Duration = Duration::from_secs(2);
+
+/// See [`WAKE_AHEAD`].
+const BUSY_WAIT: Duration = Duration::from_millis(1);
+
+/// Longest sleep of an idle set; publishing and pings need no finer clock.
+const IDLE_WAIT: Duration = Duration::from_secs(1);
+
+/// Sleep when a mirror waits for room in the ring.
+const JOB_WAIT: Duration = Duration::from_millis(5);
+
+/// How often the state is published when nobody waits for it.
+const PUBLISH_EVERY: Duration = Duration::from_millis(250);
+
+/// How often the place of a mirror is made durable.
+const PERSIST_EVERY: Duration = Duration::from_secs(1);
+
+/// Rates are averages of at least this time, in milliseconds.
+const RATES_EVERY_MS: u64 = 2000;
+
+/// Pause of a resync after the source could not read its device.
+const RESYNC_RETRY: Duration = Duration::from_secs(1);
+
+/// Requests to the kernel for mirror and resync between two looks at the ring.
+const REQUESTS_PER_TURN: usize = 8;
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error("{0}")]
+    Link(#[from] LinkError),
+    #[error("{0}")]
+    Session(#[from] SessionError),
+    #[error("the target refuses: {}", .0.text)]
+    Refused(Refuse),
+    #[error("{0}")]
+    Stream(String),
+    #[error("dtagent ends")]
+    Stopping,
+}
+
+impl From<ShipError> for End {
+    fn from(error: ShipError) -> Self {
+        match error {
+            ShipError::Link(error) => Self::Link(error),
+            other => Self::Stream(other.to_string()),
+        }
+    }
+}
+
+impl From<dtloop_abi::Error> for End {
+    fn from(error: dtloop_abi::Error) -> Self {
+        Self::Stream(error.to_string())
+    }
+}
+
+impl From<dtloop_proto::FrameError> for End {
+    fn from(error: dtloop_proto::FrameError) -> Self {
+        Self::Link(error.into())
+    }
+}
+
+/// A session that the target has welcomed.
+struct Session {
+    id: u64,
+    link: Link,
+    core: SourceSession,
+    outbox: Outbox,
+    since: Instant,
+    pinged: Instant,
+    /// Batches that are not applied, oldest first.
+    batches: VecDeque<Sent>,
+}
+
+/// Figures at the time the rates were last computed.
+#[derive(Clone, Copy)]
+struct Measured {
+    at: Instant,
+    next_seq: u64,
+    payload: u64,
+    sent: u64,
+    applied: u64,
+}
+
+/// A batch that was sent.
+#[derive(Default)]
+struct Sent {
+    /// Its last record.
+    last: u64,
+    /// When its first record was made.
+    time_ns: u64,
+    /// Its payload.
+    bytes: u64,
+}
+
+/// The thread's own.
+pub struct Worker {
+    config: SetConfig,
+    shared: Arc<SetShared>,
+    streams: Arc<dyn Streams>,
+    source_id: Uuid,
+    path: PathBuf,
+    memory: SetMemory,
+    persisted: SetMemory,
+    persisted_at: Instant,
+    planner: Option<Planner>,
+    job: Option<JobView>,
+    resync: Resync,
+    resync_after: Option<Instant>,
+    devices: Vec<raw::DeviceStatus>,
+    reports: Vec<VolumeReport>,
+    last_verify: Vec<dtloop_api::VerifyResult>,
+    lost: Option<(u64, u64)>,
+    notice: Option<String>,
+    connection: Connection,
+    totals: Totals,
+    rates: Rates,
+    applied_bytes: u64,
+    measured: Measured,
+    published: Instant,
+}
+
+impl Worker {
+    /// Loads what is known of the set.
+    ///
+    /// # Errors
+    ///
+    /// If its state file cannot be read.
+    pub fn new(
+        config: SetConfig,
+        state_dir: &std::path::Path,
+        source_id: Uuid,
+        streams: Arc<dyn Streams>,
+        shared: Arc<SetShared>,
+    ) -> Result<Self, dtloop_store::StateFileError> {
+        let path = state_dir.join(format!("{}.set", config.name));
+        let memory: SetMemory = dtloop_store::load(&path)?.unwrap_or_default();
+        let now = Instant::now();
+        let reason = "dtagent has just started".to_owned();
+        Ok(Self {
+            config,
+            shared,
+            streams,
+            source_id,
+            path,
+            persisted: memory.clone(),
+            memory,
+            persisted_at: now,
+            planner: None,
+            job: None,
+            resync: Resync::new(vec![]),
+            resync_after: None,
+            devices: vec![],
+            reports: vec![],
+            last_verify: vec![],
+            lost: None,
+            notice: None,
+            connection: Connection::Connecting {
+                reason,
+                retry_ms: 0,
+            },
+            totals: Totals::default(),
+            rates: Rates::default(),
+            applied_bytes: 0,
+            measured: Measured {
+                at: now,
+                next_seq: 0,
+                payload: 0,
+                sent: 0,
+                applied: 0,
+            },
+            published: now,
+        })
+    }
+
+    /// Works until it is stopped.
+    pub fn run(mut self) {
+        let mut said = String::new();
+        while !self.shared.is_stopping() {
+            match self.streams.open(&self.config.name) {
+                Ok(stream) => {
+                    said.clear();
+                    let end = self.serve(stream.as_ref());
+                    self.drop_planner();
+                    if !matches!(end, End::Stopping) {
+                        tracing::error!(
+                            "Set \"{}\": {end}. The stream is opened anew.",
+                            self.config.name
+                        );
+                        self.rest(None, STREAM_RETRY);
+                    }
+                }
+                Err(reason) => {
+                    if said != reason {
+                        tracing::warn!("Set \"{}\": {reason}.", self.config.name);
+                        said.clone_from(&reason);
+                    }
+                    self.connection = Connection::Idle { reason };
+                    self.rest(None, STREAM_RETRY);
+                }
+            }
+        }
+        self.persist(true);
+    }
+
+    fn drop_planner(&mut self) {
+        if let Some(planner) = self.planner.take() {
+            self.memory.job = Some(planner.state().clone());
+        }
+        self.persist(true);
+    }
+
+    /// Waits without a session, answering requests.
+    fn rest(&mut self, stream: Option<&dyn CaptureStream>, time: Duration) {
+        let until = Instant::now() + time;
+        loop {
+            self.take_commands(stream);
+            self.publish(stream, None);
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.shared.is_stopping() {
+                return;
+            }
+            if let Connection::Connecting { retry_ms, .. } = &mut self.connection {
+                *retry_ms = crate::snapshot::ms(left);
+            }
+            self.wait_for_wake(left.min(PUBLISH_EVERY));
+        }
+    }
+
+    fn wait_for_wake(&self, timeout: Duration) {
+        let mut fds = [nix::poll::PollFd::new(
+            self.shared.wake.as_fd(),
+            nix::poll::PollFlags::POLLIN,
+        )];
+        let timeout =
+            nix::poll::PollTimeout::try_from(timeout).unwrap_or(nix::poll::PollTimeout::MAX);
+        // An interruption is as good as a time-out.
+        let _ = nix::poll::poll(&mut fds, timeout);
+        let _ = self.shared.wake.read();
+    }
+
+    fn persist(&mut self, now: bool) {
+        if let Some(planner) = &self.planner {
+            if self.memory.job.as_ref() != Some(planner.state()) {
+                self.memory.job = Some(planner.state().clone());
+            }
+        }
+        if self.memory == self.persisted || (!now && self.persisted_at.elapsed() < PERSIST_EVERY) {
+            return;
+        }
+        match dtloop_store::store(&self.path, &self.memory) {
+            Ok(()) => self.persisted = self.memory.clone(),
+            Err(error) => tracing::error!(
+                "Set \"{}\": {:#}.",
+                self.config.name,
+                anyhow::Error::from(error)
+            ),
+        }
+        self.persisted_at = Instant::now();
+    }
+
+    fn offers(&self) -> Vec<DeviceOffer> {
+        let offer = |device: &raw::DeviceStatus| DeviceOffer {
+            device: device.device_id,
+            label: device.label().to_owned(),
+            sectors: device.sectors,
+            block_bytes: device.block_bytes,
+        };
+        self.devices.iter().map(offer).collect()
+    }
+
+    fn refresh_devices(&mut self, stream: &dyn CaptureStream) -> Result<(), End> {
+        self.devices = stream.devices()?;
+        for offer in self.offers() {
+            self.memory.enter_device(&offer);
+        }
+        self.set_resync_devices();
+        Ok(())
+    }
+
+    /// Only devices whose mirror is complete: another one is read as a whole anyway.
+    fn set_resync_devices(&mut self) {
+        let mirrored = self
+            .memory
+            .devices
+            .values()
+            .filter(|memory| memory.mirrored)
+            .map(|memory| memory.device);
+        let present =
+            mirrored.filter(|id| self.devices.iter().any(|device| device.device_id == *id));
+        let present = present.collect();
+        self.resync.set_devices(present);
+    }
+
+    fn serve(&mut self, stream: &dyn CaptureStream) -> End {
+        if let Err(end) = self.enter_stream(stream) {
+            return end;
+        }
+        let mut pause = RETRY_MIN;
+        let mut said = String::new();
+        while !self.shared.is_stopping() {
+            let connected = self.connect(stream);
+            let end = match connected {
+                Ok(session) => {
+                    pause = RETRY_MIN;
+                    said.clear();
+                    self.ship(stream, session)
+                }
+                Err(end) => end,
+            };
+            if let Some(planner) = &mut self.planner {
+                planner.on_disconnect();
+            }
+            self.resync.on_loss();
+            match end {
+                End::Stream(_) | End::Stopping => return end,
+                End::Refused(ref refuse) if !refuse.code.is_passing() => {
+                    self.connection = Connection::Refused {
+                        reason: refuse.text.clone(),
+                    };
+                    pause = self.config.retry_max() * 5;
+                }
+                _ => {
+                    self.connection = Connection::Connecting {
+                        reason: end.to_string(),
+                        retry_ms: 0,
+                    }
+                }
+            }
+            let text = end.to_string();
+            if said != text {
+                tracing::warn!(
+                    "Set \"{}\", target {}: {text}. It is tried again.",
+                    self.config.name,
+                    self.config.target
+                );
+                said = text;
+            }
+            self.persist(false);
+            self.rest(Some(stream), pause);
+            pause = (pause * 2).min(self.config.retry_max());
+        }
+        End::Stopping
+    }
+
+    fn enter_stream(&mut self, stream: &dyn CaptureStream) -> Result<(), End> {
+        let uuid = Uuid(stream.status()?.stream_uuid);
+        if self.memory.enter_stream(uuid) {
+            tracing::info!(
+                "Set \"{}\": stream {uuid} is new; devices that were mirrored before are compared again.",
+                self.config.name
+            );
+        }
+        self.refresh_devices(stream)?;
+        let job = self.memory.job.clone().filter(|job| !job.is_over());
+        self.job = job
+            .as_ref()
+            .map(|job| JobView::new(job.clone(), stream.ring().next_seq()));
+        self.planner = job.map(Planner::new);
+        self.persist(true);
+        Ok(())
+    }
+
+    fn connect(&mut self, stream: &dyn CaptureStream) -> Result<Session, End> {
+        self.refresh_devices(stream)?;
+        if self.devices.is_empty() && stream.ring().released() == stream.ring().next_seq() {
+            let reason = "no device is attached to the set".to_owned();
+            self.connection = Connection::Idle { reason };
+            return Err(End::Link(LinkError::Io(std::io::Error::other(
+                "no device is attached to the set",
+            ))));
+        }
+        let reason = match &self.connection {
+            Connection::Connecting { reason, .. } => reason.clone(),
+            _ => "it is being made".to_owned(),
+        };
+        self.connection = Connection::Connecting {
+            reason,
+            retry_ms: 0,
+        };
+        let mut link =
+            Link::connect(&self.config.target, self.config.transport).map_err(LinkError::from)?;
+        let (first_seq, next_seq) = (stream.ring().released(), stream.ring().next_seq());
+        let hello = Hello {
+            version_min: dtloop_proto::VERSION_MIN,
+            version_max: dtloop_proto::VERSION_MAX,
+            software: crate::software(),
+            source_id: self.source_id,
+            set: self.config.name.clone(),
+            stream_uuid: self.memory.stream_uuid,
+            generation: self.memory.generation,
+            first_seq,
+            next_seq,
+            devices: self.offers(),
+            options: vec![],
+        };
+        let mut outbox = Outbox::default();
+        outbox.message(0, 0, &Message::Hello(hello))?;
+        outbox.send(&mut link, None)?;
+        let welcome = match link.expect_message(WELCOME_TIMEOUT)? {
+            (_, Message::Welcome(welcome)) => welcome,
+            (_, Message::Refuse(refuse)) => return Err(End::Refused(refuse)),
+            _ => return Err(End::Link(LinkError::Flood)),
+        };
+        let (core, resumed) =
+            SourceSession::begin(&welcome, self.memory.stream_uuid, first_seq, next_seq)?;
+        let now = Instant::now();
+        let id = welcome.session;
+        let mut session = Session {
+            id,
+            link,
+            core,
+            outbox,
+            since: now,
+            pinged: now,
+            batches: VecDeque::new(),
+        };
+        self.reconcile(stream, &mut session, welcome, resumed)?;
+        self.totals.connections += 1;
+        tracing::info!(
+            "Set \"{}\" is connected to {}; it goes on at record {}.",
+            self.config.name,
+            self.config.target,
+            session.core.next_to_send()
+        );
+        Ok(session)
+    }
+
+    /// Brings what both sides know of the volumes together.
+    fn reconcile(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+        welcome: Welcome,
+        resumed: Resumed,
+    ) -> Result<(), End> {
+        self.reports = welcome.volumes;
+        self.lost = (welcome.lost_from != 0).then_some((welcome.lost_from, welcome.lost_last));
+        self.notice = None;
+        let broken = match resumed {
+            Resumed::Continues => None,
+            Resumed::NewStream if welcome.known_stream.is_none() => {
+                Some("the target knows nothing of the set".to_owned())
+            }
+            Resumed::NewStream => Some("the stream began anew".to_owned()),
+            Resumed::Hole { from, to } => Some(format!(
+                "records {from} to {} are lost on the target",
+                to - 1
+            )),
+        };
+        let position = session.core.next_to_send();
+        if broken.is_some() {
+            for device in self.devices.iter().map(|device| device.device_id) {
+                self.memory.set_mirrored(device, false);
+            }
+        }
+        for report in &mut self.reports {
+            let job = self
+                .planner
+                .as_ref()
+                .filter(|planner| planner.state().kind.is_mirror());
+            let busy = job.is_some_and(|planner| {
+                planner
+                    .state()
+                    .devices
+                    .iter()
+                    .any(|item| item.device == report.device && item.begun && !item.ended)
+            });
+            let mirrored = self
+                .memory
+                .devices
+                .values()
+                .any(|item| item.device == report.device && item.mirrored);
+            if mirrored && !busy && report.sync == VolumeSync::Mirroring {
+                // The target did not get to know how its mirror ended.
+                let marker = Marker::MirrorEnd {
+                    device: report.device,
+                };
+                session
+                    .outbox
+                    .message(session.id, position, &Message::Marker(marker))?;
+                report.sync = VolumeSync::Mirrored;
+            }
+        }
+        self.restart_lost_mirrors(broken.is_some());
+        self.evaluate(stream, broken.as_deref());
+        self.set_resync_devices();
+        self.persist(true);
+        Ok(())
+    }
+
+    /// A mirror whose beginning the target does not remember begins again.
+    fn restart_lost_mirrors(&mut self, broken: bool) {
+        let Some(planner) = self.planner.take() else {
+            return;
+        };
+        let mut state = planner.state().clone();
+        let mut restarted = false;
+        if state.kind.is_mirror() {
+            for item in state
+                .devices
+                .iter_mut()
+                .filter(|item| item.begun && (broken || !item.ended))
+            {
+                let report = self
+                    .reports
+                    .iter()
+                    .find(|report| report.device == item.device);
+                if broken || report.is_none_or(|report| report.sync != VolumeSync::Mirroring) {
+                    *item = DeviceJob::new(item.device, &item.label, item.sectors);
+                    restarted = true;
+                }
+            }
+        }
+        self.planner = Some(if restarted {
+            Planner::new(state)
+        } else {
+            planner
+        });
+    }
+
+    /// Starts what must be mirrored and may be without asking.
+    fn evaluate(&mut self, stream: &dyn CaptureStream, broken: Option<&str>) {
+        if let Some(planner) = &self.planner {
+            self.memory.job = Some(planner.state().clone());
+        }
+        let needs = self.memory.needs(&self.offers(), &self.reports, broken);
+        let needs: Vec<_> = needs.into_iter().filter(|need| need.automatic).collect();
+        let Some(first) = needs.first() else { return };
+        if self
+            .planner
+            .as_ref()
+            .is_some_and(|planner| planner.state().kind.is_mirror())
+        {
+            // Looked at again when the mirror under way is over.
+            return;
+        }
+        let reason = first.reason.clone();
+        let labels: Vec<_> = needs
+            .iter()
+            .map(|need| format!("\"{}\"", need.label))
+            .collect();
+        tracing::warn!(
+            "Set \"{}\": {} is compared and mirrored because {reason}.",
+            self.config.name,
+            labels.join(", ")
+        );
+        let devices = needs
+            .iter()
+            .map(|need| DeviceJob::new(need.device, &need.label, need.sectors))
+            .collect();
+        self.start_job(stream, JobKind::Difference, devices, reason);
+    }
+
+    fn start_job(
+        &mut self,
+        stream: &dyn CaptureStream,
+        kind: JobKind,
+        devices: Vec<DeviceJob>,
+        reason: String,
+    ) -> u64 {
+        let id = self.memory.next_job_id();
+        let state = JobState {
+            id,
+            kind,
+            reason,
+            devices,
+            paused: false,
+            failed: None,
+        };
+        self.job = Some(JobView::new(state.clone(), stream.ring().next_seq()));
+        self.memory.job = Some(state.clone());
+        self.planner = Some(Planner::new(state));
+        self.persist(true);
+        id
+    }
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the set's thread does for mirror, verify and resync.
+
+use std::time::Instant;
+
+use dtloop_abi::{CaptureStream, SyncRequest};
+use dtloop_core::mirror::{self, Event, Planner, Request};
+use dtloop_core::resync::Step;
+use dtloop_proto::Message;
+use dtloop_proto::message::{Marker, VolumeSync};
+use nix::errno::Errno;
+
+use super::{End, PUBLISH_EVERY, REQUESTS_PER_TURN, RESYNC_RETRY, Session, Worker};
+use crate::snapshot::unix_ms;
+
+impl Worker {
+    /// Asks the kernel for what mirror and resync want next. True: they wait for something.
+    pub(super) fn drive(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+    ) -> Result<bool, End> {
+        let resyncs = self.drive_resync(stream, session)?;
+        let mirrors = self.drive_job(stream, session)?;
+        Ok(resyncs || mirrors)
+    }
+
+    pub(super) fn request(
+        stream: &dyn CaptureStream,
+        request: &Request,
+    ) -> Result<u64, dtloop_abi::Error> {
+        stream.sync(&SyncRequest {
+            device_id: request.device,
+            start_sector: request.start,
+            sectors: request.sectors,
+            chunk_bytes: mirror::CHUNK_BYTES,
+            cookie: request.cookie,
+            clear: request.clear,
+        })
+    }
+
+    pub(super) fn drive_job(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+    ) -> Result<bool, End> {
+        while let Some(event) = self.planner.as_mut().and_then(Planner::next_event) {
+            self.on_event(stream, session, &event)?;
+        }
+        let Some(planner) = &mut self.planner else {
+            return Ok(false);
+        };
+        for _ in 0..REQUESTS_PER_TURN {
+            let Some(request) = planner.next_request() else {
+                break;
+            };
+            match Self::request(stream, &request) {
+                Ok(0) => return Ok(true),
+                Ok(taken) => planner.on_taken(&request, taken),
+                Err(error) => planner.fail(format!("{error}; start again")),
+            }
+        }
+        Ok(false)
+    }
+
+    pub(super) fn on_event(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+        event: &Event,
+    ) -> Result<(), End> {
+        let is_mirror = self
+            .planner
+            .as_ref()
+            .is_some_and(|planner| planner.state().kind.is_mirror());
+        let position = session.core.next_to_send();
+        match *event {
+            Event::DeviceBegins { device } if is_mirror => {
+                self.memory.set_mirrored(device, false);
+                let marker = Message::Marker(Marker::MirrorBegin { device });
+                session.outbox.message(session.id, position, &marker)?;
+                self.set_report(device, VolumeSync::Mirroring);
+            }
+            Event::DeviceDone { device } if is_mirror => {
+                self.memory.set_mirrored(device, true);
+                let marker = Message::Marker(Marker::MirrorEnd { device });
+                session.outbox.message(session.id, position, &marker)?;
+                self.set_report(device, VolumeSync::Mirrored);
+                self.set_resync_devices();
+                tracing::info!(
+                    "Set \"{}\": the mirror of device {device} is complete.",
+                    self.config.name
+                );
+            }
+            Event::DeviceBegins { .. } | Event::DeviceDone { .. } => {}
+            Event::Over => self.end_job(stream),
+        }
+        self.persist(true);
+        Ok(())
+    }
+
+    pub(super) fn set_report(&mut self, device: u32, sync: VolumeSync) {
+        if let Some(report) = self
+            .reports
+            .iter_mut()
+            .find(|report| report.device == device)
+        {
+            report.sync = sync;
+        }
+    }
+
+    pub(super) fn end_job(&mut self, stream: &dyn CaptureStream) {
+        let Some(planner) = self.planner.take() else {
+            return;
+        };
+        let state = planner.state().clone();
+        if let Some(reason) = &state.failed {
+            tracing::warn!(
+                "Set \"{}\": job {} ended before its time: {reason}.",
+                self.config.name,
+                state.id
+            );
+        }
+        self.memory.job = Some(state.clone());
+        if let Some(job) = &mut self.job {
+            job.state = state;
+            job.finished = Some(job.started.elapsed());
+            job.finished_unix_ms = unix_ms();
+            job.to_seq = stream.ring().next_seq();
+            let job = &*job;
+            if !job.state.kind.is_mirror() {
+                for item in &job.state.devices {
+                    let result = job.verify_result(item, 0);
+                    tracing::info!(
+                        "Set \"{}\", volume \"{}\": verified {} bytes from record {} to {}, {} differed, {} repaired.",
+                        self.config.name,
+                        item.label,
+                        result.compared_bytes,
+                        result.from_seq,
+                        result.to_seq,
+                        result.differing_bytes,
+                        result.repaired_bytes
+                    );
+                    self.last_verify.retain(|other| other.label != item.label);
+                    self.last_verify.push(result);
+                }
+            }
+        }
+        self.published = Instant::now() - PUBLISH_EVERY;
+        self.evaluate(stream, None);
+    }
+
+    pub(super) fn drive_resync(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+    ) -> Result<bool, End> {
+        if self
+            .resync_after
+            .is_some_and(|after| Instant::now() < after)
+        {
+            return Ok(true);
+        }
+        self.resync_after = None;
+        for _ in 0..REQUESTS_PER_TURN {
+            match self.resync.step(session.core.next_to_send()) {
+                Step::Idle => return Ok(false),
+                Step::Wait => return Ok(true),
+                Step::Position => {
+                    if self.resync.take_failed() {
+                        self.resync_after = Some(Instant::now() + RESYNC_RETRY);
+                        return Ok(true);
+                    }
+                    self.resync.on_position(stream.ring().next_seq());
+                }
+                Step::Find {
+                    device,
+                    from,
+                    sectors_max,
+                } => match stream.dirty_next(device, from, sectors_max) {
+                    Ok(extent) => self
+                        .resync
+                        .on_found(extent.map(|extent| (extent.start_sector, extent.sectors))),
+                    // Beyond the end, or detached meanwhile: nothing of it is left to be sent.
+                    Err(error) if error.is(Errno::ENXIO) || error.is(Errno::ERANGE) => {
+                        self.resync.on_found(None);
+                    }
+                    Err(error) => return Err(error.into()),
+                },
+                Step::Sync(request) => match Self::request(stream, &request) {
+                    Ok(0) => return Ok(true),
+                    Ok(taken) => self.resync.on_taken(taken),
+                    Err(error) if error.is(Errno::ENXIO) || error.is(Errno::ERANGE) => {
+                        self.refresh_devices(stream)?;
+                    }
+                    Err(error) => return Err(error.into()),
+                },
+                Step::Declare { at } => {
+                    let marker = Message::Marker(Marker::OrderRestored);
+                    session.outbox.message(session.id, at, &marker)?;
+                    if self.lost.is_some_and(|(_, last)| last < at) {
+                        tracing::info!(
+                            "Set \"{}\": the order is restored at record {at}.",
+                            self.config.name
+                        );
+                        self.lost = None;
+                    }
+                    self.resync.on_declared();
+                }
+            }
+        }
+        Ok(false)
+    }
+}

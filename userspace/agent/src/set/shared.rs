@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the set's thread shares with the control socket.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use dtloop_api::Failure;
+use dtloop_core::mirror::JobKind;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::config::SetConfig;
+use crate::snapshot::Snapshot;
+
+/// What `dtloop` asks of the thread. Answers go through the channel.
+pub enum Command {
+    /// Start a mirror or verification of these loop numbers, all if empty.
+    Start {
+        /// Loop numbers.
+        devices: Vec<u32>,
+        /// What.
+        kind: JobKind,
+        /// The job's id.
+        reply: Sender<Result<u64, Failure>>,
+    },
+    /// Pause or resume.
+    Pause {
+        /// Which of the two.
+        paused: bool,
+        /// The job's id.
+        reply: Sender<Result<u64, Failure>>,
+    },
+    /// Stop.
+    Stop {
+        /// The job's id.
+        reply: Sender<Result<u64, Failure>>,
+    },
+    /// Report the next sequence number, after a look for changes outside of the stream.
+    Wait {
+        /// It.
+        reply: Sender<Result<u64, Failure>>,
+    },
+}
+
+/// What the thread shares with the control socket.
+pub struct SetShared {
+    pub(super) commands: Mutex<VecDeque<Command>>,
+    pub(super) wake: EventFd,
+    pub(super) snapshot: Mutex<Snapshot>,
+    pub(super) changed: Condvar,
+    pub(super) watchers: AtomicUsize,
+    stop: AtomicBool,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl SetShared {
+    /// For a set that is about to start.
+    ///
+    /// # Errors
+    ///
+    /// If the system gives no event file.
+    pub fn new(config: &SetConfig) -> std::io::Result<Self> {
+        Ok(Self {
+            commands: Mutex::default(),
+            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            snapshot: Mutex::new(Snapshot::new(&config.name, &config.target)),
+            changed: Condvar::new(),
+            watchers: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Asks the thread for something.
+    pub fn command(&self, command: Command) {
+        lock(&self.commands).push_back(command);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // It fails only when it is readable already.
+        let _ = self.wake.write(1);
+    }
+
+    /// What was published last.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        lock(&self.snapshot).clone()
+    }
+
+    /// Waits for the next publication; more often than usual while somebody does.
+    pub fn next_snapshot(&self, timeout: Duration) -> Snapshot {
+        self.watchers.fetch_add(1, Ordering::Relaxed);
+        self.wake();
+        let guard = lock(&self.snapshot);
+        let (guard, _) = self
+            .changed
+            .wait_timeout(guard, timeout)
+            .unwrap_or_else(PoisonError::into_inner);
+        self.watchers.fetch_sub(1, Ordering::Relaxed);
+        guard.clone()
+    }
+
+    /// Ends the thread.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// Whether it is to end.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}

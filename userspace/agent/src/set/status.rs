@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the set's thread tells about itself.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use dtloop_abi::{CaptureStream, raw};
+use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, Rates, SetStatus};
+use dtloop_proto::Code;
+use dtloop_proto::message::VolumeSync;
+
+use super::{BUSY_WAIT, End, Measured, PUBLISH_EVERY, RATES_EVERY_MS, Session, Worker, lock};
+use crate::snapshot::{Snapshot, ms, unix_ms};
+
+impl Worker {
+    pub(super) fn publish_if_due(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &Session,
+    ) -> Result<(), End> {
+        let watched = self.shared.watchers.load(Ordering::Relaxed) > 0;
+        let every = if watched {
+            BUSY_WAIT * 10
+        } else {
+            PUBLISH_EVERY
+        };
+        if self.published.elapsed() < every {
+            return Ok(());
+        }
+        if stream.status()?.has(raw::STREAM_BAD_CONSUMER) {
+            return Err(End::Stream(
+                "The kernel refused a release of this agent".to_owned(),
+            ));
+        }
+        self.publish(Some(stream), Some(session));
+        Ok(())
+    }
+
+    pub(super) fn publish(
+        &mut self,
+        stream: Option<&dyn CaptureStream>,
+        session: Option<&Session>,
+    ) {
+        self.published = Instant::now();
+        if let (Some(planner), Some(job)) = (&self.planner, &mut self.job) {
+            job.state = planner.state().clone();
+        }
+        let mut snapshot = Snapshot::new(&self.config.name, &self.config.target);
+        snapshot.status.connection = self.connection.clone();
+        if let Some(session) = session {
+            snapshot.status.connection = Connection::Connected {
+                since_ms: ms(session.since.elapsed()),
+            };
+        }
+        if let Some(stream) = stream {
+            self.fill_positions(&mut snapshot.status, stream, session);
+            if let Ok(devices) = stream.devices() {
+                snapshot.status.devices = devices
+                    .iter()
+                    .map(|device| self.device_status(device))
+                    .collect();
+            }
+        }
+        snapshot.job.clone_from(&self.job);
+        let states = || snapshot.status.devices.iter().map(|device| &device.state);
+        snapshot.settled =
+            session.is_some() && self.resync.is_idle() && states().all(DeviceState::is_consistent);
+        let stuck = |device: &&DeviceStatus| {
+            matches!(device.state, DeviceState::MirrorNeeded | DeviceState::Error)
+        };
+        snapshot.hopeless = snapshot.status.devices.iter().find(stuck).map(|device| {
+            format!(
+                "loop{} ({}): {}",
+                device.number,
+                device.state.label(),
+                device.reason
+            )
+        });
+        *lock(&self.shared.snapshot) = snapshot;
+        self.shared.changed.notify_all();
+    }
+
+    pub(super) fn fill_positions(
+        &mut self,
+        status: &mut SetStatus,
+        stream: &dyn CaptureStream,
+        session: Option<&Session>,
+    ) {
+        let Ok(ring) = stream.status() else { return };
+        status.stream_uuid = self.memory.stream_uuid.to_string();
+        status.next_seq = ring.next_seq;
+        status.released_seq = ring.released;
+        status.durable_seq = ring.released;
+        status.applied_seq = lock(&self.shared.snapshot).status.applied_seq;
+        status.backlog_bytes = ring.used_bytes;
+        status.backlog_records = ring.next_seq - ring.released;
+        if let Some(session) = session {
+            let ack = session.core.ack();
+            status.sent_seq = session.core.next_to_send();
+            status.durable_seq = ack.durable_seq + 1;
+            status.applied_seq = ack.applied_seq + 1;
+        }
+        let oldest = session.and_then(|session| session.batches.front().map(|sent| sent.time_ns));
+        let oldest = oldest.or_else(|| {
+            stream
+                .ring()
+                .desc(ring.released)
+                .ok()
+                .map(|desc| desc.time_ns)
+        });
+        let now_ns = unix_ms().saturating_mul(1_000_000);
+        status.lag_ms = oldest.map_or(0, |time| now_ns.saturating_sub(time) / 1_000_000);
+        self.measure(ring.next_seq);
+        status.rates = self.rates;
+        status.totals = self.totals;
+    }
+
+    pub(super) fn measure(&mut self, next_seq: u64) {
+        let before = self.measured;
+        let elapsed = ms(before.at.elapsed());
+        if elapsed < RATES_EVERY_MS {
+            return;
+        }
+        let (payload, sent, applied) = (
+            self.totals.payload_bytes,
+            self.totals.sent_bytes,
+            self.applied_bytes,
+        );
+        let per_s = |now: u64, before: u64| now.saturating_sub(before) * 1000 / elapsed;
+        self.rates = Rates {
+            captured_bytes_per_s: per_s(payload, before.payload),
+            captured_records_per_s: per_s(next_seq, before.next_seq),
+            sent_bytes_per_s: per_s(sent, before.sent),
+            acknowledged_bytes_per_s: per_s(applied, before.applied),
+        };
+        self.measured = Measured {
+            at: Instant::now(),
+            next_seq,
+            payload,
+            sent,
+            applied,
+        };
+    }
+
+    pub(super) fn device_status(&self, device: &raw::DeviceStatus) -> DeviceStatus {
+        let (state, reason) = self.device_state(device);
+        let number = device.loop_number();
+        let last_verify = self
+            .last_verify
+            .iter()
+            .find(|result| result.label == device.label())
+            .cloned();
+        DeviceStatus {
+            device_id: device.device_id,
+            number,
+            label: device.label().to_owned(),
+            size_bytes: device.size_bytes(),
+            state,
+            reason,
+            dirty_blocks: device.dirty_blocks,
+            dirty_bytes: device.dirty_blocks * u64::from(device.dirty_block_bytes),
+            last_verify: last_verify.map(|result| dtloop_api::VerifyResult { number, ..result }),
+        }
+    }
+
+    pub(super) fn device_state(&self, device: &raw::DeviceStatus) -> (DeviceState, String) {
+        let report = self
+            .reports
+            .iter()
+            .find(|report| report.device == device.device_id);
+        if let Some(report) = report.filter(|report| report.code != Code::OK) {
+            return (DeviceState::Error, report.text.clone());
+        }
+        if let Connection::Refused { reason } = &self.connection {
+            return (DeviceState::Error, reason.clone());
+        }
+        if let Some(notice) = &self.notice {
+            return (DeviceState::Error, notice.clone());
+        }
+        let memory = self
+            .memory
+            .devices
+            .get(device.label())
+            .filter(|memory| memory.device == device.device_id);
+        let mirrored = memory.is_some_and(|memory| memory.mirrored)
+            && report.is_none_or(|report| report.sync == VolumeSync::Mirrored);
+        let job = self.job.as_ref().filter(|_| self.planner.is_some());
+        let item = job.and_then(|job| {
+            job.state
+                .devices
+                .iter()
+                .find(|item| item.device == device.device_id)
+        });
+        let item = item.filter(|item| !item.ended);
+        if let (Some(job), Some(item)) = (job, item) {
+            if job.state.kind.is_mirror() || (mirrored && self.lost.is_none()) {
+                return (job.device_state(item), job.state.reason.clone());
+            }
+        }
+        if !mirrored {
+            let last = self.memory.job.as_ref().and_then(|job| job.failed.clone());
+            let once = memory.is_some_and(|memory| memory.mirrored_once);
+            let reason = match last {
+                Some(reason) if self.planner.is_none() => reason,
+                _ if once => "the target no longer holds a complete copy".to_owned(),
+                _ => "it was never mirrored; run dtloop mirror start".to_owned(),
+            };
+            return (DeviceState::MirrorNeeded, reason);
+        }
+        let dirty = device.dirty_blocks > 0;
+        if dirty || self.lost.is_some() {
+            let total_bytes = device.size_bytes();
+            let left = device.dirty_blocks * u64::from(device.dirty_block_bytes);
+            let pass = Pass {
+                done_bytes: total_bytes.saturating_sub(left),
+                total_bytes,
+                ..Pass::default()
+            };
+            let reason =
+                "changes were made that did not fit the stream; they are sent again".to_owned();
+            return match self.lost {
+                Some((from, to)) if !matches!(self.connection, Connection::Connected { .. }) => {
+                    (DeviceState::OrderLost { from, to }, reason)
+                }
+                _ => (DeviceState::Resyncing { pass }, reason),
+            };
+        }
+        (DeviceState::InSync, String::new())
+    }
+}

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Turns records of the ring into frames: headers and bodies into one scratch buffer, payloads
+//! as slices of the ring, all of it sent by one writev.
+
+use std::io::IoSlice;
+
+use dtloop_abi::{Hold, raw};
+use dtloop_core::mirror::is_hash_cookie;
+use dtloop_proto::record::{STATE_COMMITTED, STATE_FAILED};
+use dtloop_proto::{FrameError, Op, RecordBody, RecordKind, frame};
+
+use crate::link::{Link, LinkError};
+
+/// Most records of a batch: two pieces each, and writev takes 1024.
+pub const RECORDS_MAX: usize = 500;
+
+/// A batch ends when its payload is beyond this: acknowledgements, and with them room in the
+/// ring, come batch by batch.
+pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
+
+/// The same for records without payload.
+pub const SCRATCH_BYTES_MAX: usize = 128 << 10;
+
+/// Why records could not be shipped.
+#[derive(Debug, thiserror::Error)]
+pub enum ShipError {
+    /// The connection.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The stream.
+    #[error("The capture stream cannot be read: {0}")]
+    Stream(#[from] dtloop_abi::Error),
+    /// A record that cannot be understood: module and agent do not fit.
+    #[error(
+        "Record {seq} of the capture stream cannot be shipped: {reason}. Install matching versions."
+    )]
+    Record {
+        /// Which.
+        seq: u64,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A record that was put into a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Shipped {
+    /// As in the ring.
+    pub desc: raw::Desc,
+    /// As on the wire.
+    pub body: RecordBody,
+}
+
+/// What goes onto the wire next. Buffers are kept from batch to batch.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    scratch: Vec<u8>,
+    /// End of a piece in `scratch`, and the record whose payload follows it.
+    pieces: Vec<(usize, Option<u64>)>,
+    payload_bytes: usize,
+}
+
+/// The body that a descriptor travels as.
+///
+/// # Errors
+///
+/// If it has an operation or state that cannot be shipped.
+pub fn body_of(desc: &raw::Desc) -> Result<RecordBody, ShipError> {
+    let refused = |reason: &str| ShipError::Record {
+        seq: desc.seq,
+        reason: reason.to_owned(),
+    };
+    let op = Op::from_number(desc.op).ok_or_else(|| refused("its operation is unknown"))?;
+    let state = match desc.state {
+        raw::STATE_COMMITTED => STATE_COMMITTED,
+        raw::STATE_FAILED => STATE_FAILED,
+        _ => return Err(refused("it is not complete")),
+    };
+    Ok(RecordBody {
+        epoch: desc.epoch,
+        start_sector: desc.start_sector,
+        time_ns: desc.time_ns,
+        aux: desc.aux,
+        sectors: desc.sectors,
+        device: desc.device,
+        flags: desc.flags,
+        op,
+        state,
+    })
+}
+
+fn is_zero(payload: &[u8]) -> bool {
+    let mut chunks = payload.chunks_exact(16);
+    let whole = chunks
+        .by_ref()
+        .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0);
+    whole && chunks.remainder().iter().all(|byte| *byte == 0)
+}
+
+impl Outbox {
+    /// Whether nothing waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.scratch.is_empty()
+    }
+
+    /// Whether no more records should be added.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.pieces.len() >= RECORDS_MAX
+            || self.payload_bytes >= PAYLOAD_BYTES_MAX
+            || self.scratch.len() >= SCRATCH_BYTES_MAX
+    }
+
+    /// Bytes that wait.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.scratch.len() + self.payload_bytes
+    }
+
+    /// Adds a message; `seq` is the position of a marker.
+    ///
+    /// # Errors
+    ///
+    /// If it is beyond a limit.
+    pub fn message(
+        &mut self,
+        session: u64,
+        seq: u64,
+        message: &dtloop_proto::Message,
+    ) -> Result<(), FrameError> {
+        frame::encode_message(&mut self.scratch, session, seq, message)
+    }
+
+    /// Adds a record.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot travel.
+    pub fn record(
+        &mut self,
+        session: u64,
+        desc: &raw::Desc,
+        payload: &[u8],
+    ) -> Result<Shipped, ShipError> {
+        let body = body_of(desc)?;
+        let refused = |error: FrameError| ShipError::Record {
+            seq: desc.seq,
+            reason: error.to_string(),
+        };
+        let out = &mut self.scratch;
+        let is_sync = body.op == Op::Sync && body.is_committed();
+        if is_sync && is_hash_cookie(desc.aux) {
+            let hash = blake3::hash(payload);
+            frame::encode_record(
+                out,
+                session,
+                desc.seq,
+                RecordKind::Hash,
+                &body,
+                hash.as_bytes(),
+            )
+            .map_err(refused)?;
+            out.extend_from_slice(hash.as_bytes());
+        } else if is_sync && is_zero(payload) {
+            frame::encode_record(out, session, desc.seq, RecordKind::Zeroes, &body, &[])
+                .map_err(refused)?;
+        } else {
+            let payload = if body.has_payload() { payload } else { &[] };
+            frame::encode_record(out, session, desc.seq, RecordKind::Data, &body, payload)
+                .map_err(refused)?;
+            if !payload.is_empty() {
+                self.pieces.push((self.scratch.len(), Some(desc.seq)));
+                self.payload_bytes += payload.len();
+            }
+        }
+        Ok(Shipped { desc: *desc, body })
+    }
+
+    /// Sends everything.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not; the connection is of no more use then.
+    pub fn send(&mut self, link: &mut Link, hold: Option<&Hold>) -> Result<(), ShipError> {
+        let mut slices = Vec::with_capacity(self.pieces.len() * 2 + 1);
+        let mut start = 0;
+        for (end, seq) in &self.pieces {
+            slices.push(IoSlice::new(&self.scratch[start..*end]));
+            if let (Some(hold), Some(seq)) = (hold, seq) {
+                slices.push(IoSlice::new(hold.payload(*seq)?));
+            }
+            start = *end;
+        }
+        if start < self.scratch.len() {
+            slices.push(IoSlice::new(&self.scratch[start..]));
+        }
+        let result = link.send(&mut slices);
+        drop(slices);
+        self.clear();
+        Ok(result?)
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.scratch.clear();
+        self.pieces.clear();
+        self.payload_bytes = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_on_the_wire_are_those_of_the_kernel() {
+        let pairs = [
+            (Op::Write, raw::OP_WRITE),
+            (Op::WriteZeroes, raw::OP_WRITE_ZEROES),
+            (Op::Discard, raw::OP_DISCARD),
+            (Op::SecureErase, raw::OP_SECURE_ERASE),
+            (Op::Flush, raw::OP_FLUSH),
+            (Op::Sync, raw::OP_SYNC),
+            (Op::Gap, raw::OP_GAP),
+            (Op::Attach, raw::OP_ATTACH),
+            (Op::Detach, raw::OP_DETACH),
+            (Op::Resize, raw::OP_RESIZE),
+        ];
+        for (op, number) in pairs {
+            assert_eq!(op as u8, number);
+        }
+        assert_eq!(
+            (STATE_COMMITTED, STATE_FAILED),
+            (raw::STATE_COMMITTED, raw::STATE_FAILED)
+        );
+        assert_eq!(dtloop_proto::record::F_ZEROES, raw::F_ZEROES);
+        assert_eq!(dtloop_proto::record::F_DEVICES, raw::F_DEVICES);
+        assert_eq!(
+            dtloop_proto::limits::PAYLOAD_BYTES_MAX,
+            raw::RECORD_BYTES_MAX as usize
+        );
+        assert_eq!(dtloop_proto::limits::NAME_BYTES_MAX + 1, raw::NAME_BYTES);
+    }
+
+    #[test]
+    fn zeroes_are_recognised() {
+        assert!(is_zero(&[0; 512]) && is_zero(&[]));
+        for at in [0, 17, 511] {
+            let mut data = [0; 512];
+            data[at] = 1;
+            assert!(!is_zero(&data));
+        }
+    }
+}

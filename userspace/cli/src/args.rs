@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What can be typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dtloop_abi::{CONTROL_PATH, Name, raw};
+use dtloop_api::SOCKET_PATH;
+
+use crate::{exit, size};
+
+/// Replicate block devices through /dev/loop#
+///
+/// Attaches block devices to loop devices whose changes are captured in order and kept as a
+/// bit-identical copy by a target server. Sizes are in bytes or take a suffix K, M, G or T
+/// (binary).
+#[derive(Debug, Parser)]
+#[command(name = "dtloop", version, after_help = exit::HELP, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Where the help shows the options of every command.
+const COMMON: &str = "Common options";
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Report as JSON
+    #[arg(long, global = true, help_heading = COMMON)]
+    pub(crate) json: bool,
+    /// The agent's control socket
+    #[arg(long, global = true, help_heading = COMMON, value_name = "PATH", env = "DTLOOP_SOCKET", default_value = SOCKET_PATH, hide_short_help = true)]
+    pub(crate) socket: PathBuf,
+    /// The module's control device
+    #[arg(long, global = true, help_heading = COMMON, value_name = "PATH", env = "DTLOOP_CONTROL", default_value = CONTROL_PATH, hide_short_help = true)]
+    pub(crate) control: PathBuf,
+    /// Where this program keeps its state until the next boot
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "DTLOOP_RUN",
+        default_value = "/run/dtloop",
+        hide_short_help = true
+    )]
+    pub(crate) run_dir: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List the block devices that can be attached
+    Devices(Devices),
+    /// Attach a block device to a loop device
+    Attach(Attach),
+    /// Detach a loop device
+    Detach(Detach),
+    /// Show sets, devices and how far the target is
+    Status(Status),
+    /// Follow the size of the backing device
+    Resize(Resize),
+    /// Change a set
+    Set(Set),
+    /// Make or go on with the target's copy
+    #[command(subcommand)]
+    Mirror(Mirror),
+    /// Compare source and target
+    Verify(Verify),
+    /// Wait until the target has everything written before the call
+    Wait(Wait),
+    /// Keep unbound stock loop devices on hand; called by udev
+    #[command(hide = true)]
+    Spare,
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man {
+        /// Where to
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Devices {
+    /// Show the others too, with what speaks against each
+    #[arg(long, short)]
+    pub(crate) all: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub(crate) struct Attach {
+    /// The block device
+    pub(crate) device: PathBuf,
+    /// The loop device: a number, /dev/loopN, or auto for the first free one from 100 up
+    #[arg(long = "loop", value_name = "N", default_value = "auto", value_parser = parse_loop)]
+    pub(crate) number: LoopNumber,
+    /// The replication set; made when it does not exist
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
+    pub(crate) set: Name,
+    /// First byte used of the block device
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    pub(crate) offset: u64,
+    /// Most bytes used of the block device; without it, all up to its end
+    #[arg(long, value_name = "SIZE", value_parser = parse_limit)]
+    pub(crate) size_limit: Option<u64>,
+    /// Refuse writes
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Scan the loop device for partitions
+    #[arg(long)]
+    pub(crate) partscan: bool,
+    /// Memory for changes on their way, a power of two; for a set that is made [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_ring)]
+    pub(crate) ring_size: Option<u64>,
+    /// What happens when that memory is full; for a set that is made [default: track]
+    #[arg(long, value_enum)]
+    pub(crate) policy: Option<Policy>,
+    /// Name of the volume on the target
+    #[arg(long, value_name = "LABEL", value_parser = parse_name)]
+    pub(crate) volume: Option<Name>,
+    /// Attach although the device carries the signature of swap or LVM, made through the loop
+    /// device earlier
+    #[arg(long)]
+    pub(crate) allow_signature: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub(crate) struct Detach {
+    /// The loop device or its number, or the block device behind it
+    pub(crate) device: String,
+    /// Detach although it is in use: its users get I/O errors
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// With the last device of a set, throw away records that the agent has not taken yet: the
+    /// target will need a difference mirror
+    #[arg(long)]
+    pub(crate) discard_records: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    /// Only this set
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    pub(crate) set: Option<Name>,
+    /// Exit with 3 unless every device is in sync
+    #[arg(long)]
+    pub(crate) check: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resize {
+    /// The loop device or its number, or the block device behind it
+    pub(crate) device: String,
+    /// Most bytes used of the block device; without it, all up to its end
+    #[arg(long, value_name = "SIZE", value_parser = parse_limit)]
+    pub(crate) size_limit: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Set {
+    /// The set
+    #[arg(value_parser = parse_name)]
+    pub(crate) set: Name,
+    /// What happens when its memory for changes is full
+    #[arg(
+        long,
+        value_enum,
+        required_unless_present = "remove",
+        conflicts_with = "remove"
+    )]
+    pub(crate) policy: Option<Policy>,
+    /// Remove the set, which has no device any more
+    #[arg(long)]
+    pub(crate) remove: bool,
+    /// And throw away records that the agent has not taken: the target will need a difference
+    /// mirror
+    #[arg(long, requires = "remove")]
+    pub(crate) discard_records: bool,
+}
+
+/// Which set and devices a mirror or verification is about.
+#[derive(Debug, Args)]
+pub(crate) struct Selection {
+    /// Loop devices or their numbers, or block devices; without any, all of the set
+    pub(crate) devices: Vec<String>,
+    /// The replication set
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
+    pub(crate) set: Name,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Mirror {
+    /// Start a mirror and show how it goes on
+    Start {
+        #[command(flatten)]
+        selection: Selection,
+        /// Send everything (the default)
+        #[arg(long, conflicts_with = "difference")]
+        full: bool,
+        /// Send what differs, found by hash
+        #[arg(long)]
+        difference: bool,
+        /// Return at once
+        #[arg(long)]
+        background: bool,
+    },
+    /// Pause; the mirror keeps its place
+    Pause {
+        #[command(flatten)]
+        selection: Selection,
+    },
+    /// Go on where it was paused
+    Resume {
+        #[command(flatten)]
+        selection: Selection,
+        /// Return at once
+        #[arg(long)]
+        background: bool,
+    },
+    /// Give the mirror up
+    Stop {
+        #[command(flatten)]
+        selection: Selection,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub(crate) struct Verify {
+    #[command(flatten)]
+    pub(crate) selection: Selection,
+    /// Send again what differs
+    #[arg(long)]
+    pub(crate) repair: bool,
+    /// Return at once; dtloop status shows the result
+    #[arg(long)]
+    pub(crate) background: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub(crate) struct Wait {
+    /// The replication set
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
+    pub(crate) set: Name,
+    /// Longest wait: 500ms, 90s, 5m or 1h; without it, no limit
+    #[arg(long, value_name = "TIME", value_parser = size::parse_duration)]
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// What happens when a set's ring is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Policy {
+    /// Writes go on; the blocks are remembered and sent later
+    Track,
+    /// Writes wait for the agent
+    Block,
+}
+
+impl Policy {
+    pub(crate) const fn to_raw(self) -> u32 {
+        match self {
+            Self::Track => raw::POLICY_TRACK,
+            Self::Block => raw::POLICY_BLOCK,
+        }
+    }
+}
+
+/// The loop device asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LoopNumber {
+    Auto,
+    Pinned(u32),
+}
+
+fn parse_loop(text: &str) -> Result<LoopNumber, String> {
+    if text == "auto" {
+        return Ok(LoopNumber::Auto);
+    }
+    let number = loop_number(text).ok_or("give a number, /dev/loopN or auto")?;
+    if i64::from(number) > i64::from(raw::LOOP_NUMBER_MAX) {
+        return Err(format!("the highest number is {}", raw::LOOP_NUMBER_MAX));
+    }
+    Ok(LoopNumber::Pinned(number))
+}
+
+/// The number in `7`, `loop7` or `/dev/loop7`.
+pub(crate) fn loop_number(text: &str) -> Option<u32> {
+    let digits = text.strip_prefix("/dev/").unwrap_or(text);
+    let digits = match digits.strip_prefix("loop") {
+        Some(digits) => digits,
+        None if digits.len() == text.len() => digits,
+        None => return None,
+    };
+    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    plain.then(|| digits.parse().ok()).flatten()
+}
+
+fn parse_name(text: &str) -> Result<Name, String> {
+    Name::new(text).map_err(|error| error.to_string())
+}
+
+fn parse_limit(text: &str) -> Result<u64, String> {
+    match size::parse(text)? {
+        0 => Err("a size limit of 0 leaves nothing; leave it out for no limit".into()),
+        bytes => Ok(bytes),
+    }
+}
+
+fn parse_ring(text: &str) -> Result<u64, String> {
+    let bytes = size::parse(text)?;
+    let range = raw::RING_BYTES_MIN..=raw::RING_BYTES_MAX;
+    if bytes.is_power_of_two() && range.contains(&bytes) {
+        return Ok(bytes);
+    }
+    Err(format!(
+        "it must be a power of two from {} to {}",
+        size::bytes(raw::RING_BYTES_MIN),
+        size::bytes(raw::RING_BYTES_MAX)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn loop_numbers_are_read() {
+        for text in ["7", "loop7", "/dev/loop7"] {
+            assert_eq!(parse_loop(text), Ok(LoopNumber::Pinned(7)), "{text}");
+        }
+        assert_eq!(parse_loop("auto"), Ok(LoopNumber::Auto));
+        for text in [
+            "", "-1", "/dev/7", "/dev/sda", "loop", "loop7p1", "1048576", "+7",
+        ] {
+            assert!(parse_loop(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn ring_sizes_are_checked() {
+        assert_eq!(parse_ring("64M"), Ok(64 << 20));
+        for text in ["0", "63M", "2M", "8G"] {
+            assert!(parse_ring(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn attach_takes_its_options() {
+        let cli = parse(
+            "dtloop attach /dev/vdb --loop 1 --set db --offset 1M --size-limit 1G --read-only \
+             --partscan --ring-size 16M --policy block --volume pg-data --json",
+        )
+        .unwrap();
+        assert!(cli.global.json);
+        let Command::Attach(attach) = cli.command else {
+            panic!("not attach");
+        };
+        assert_eq!(attach.number, LoopNumber::Pinned(1));
+        assert_eq!(attach.set.as_str(), "db");
+        assert_eq!((attach.offset, attach.size_limit), (1 << 20, Some(1 << 30)));
+        assert_eq!(attach.ring_size, Some(16 << 20));
+        assert_eq!(attach.policy, Some(Policy::Block));
+        assert_eq!(attach.volume.unwrap().as_str(), "pg-data");
+        assert!(attach.read_only && attach.partscan && !attach.allow_signature);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for line in [
+            "dtloop",
+            "dtloop attach",
+            "dtloop attach /dev/vdb --set a/b",
+            "dtloop attach /dev/vdb --size-limit 0",
+            "dtloop attach /dev/vdb --ring-size 3M",
+            "dtloop attach /dev/vdb --volume ä",
+            "dtloop mirror start --full --difference",
+            "dtloop set default",
+            "dtloop wait --timeout soon",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `dtloop resize` and `dtloop set`: changing what is there.
+
+use dtloop_abi::raw::{self, SECTOR_BYTES};
+use serde_json::json;
+
+use super::detach::users;
+use super::{Context, attached, find_device, loop_path, patient};
+use crate::args::{Resize, Set};
+use crate::exit::Code;
+use crate::preflight::Refusals;
+use crate::{output, size};
+
+pub(crate) fn run(context: &Context<'_>, args: &Resize) -> anyhow::Result<Code> {
+    let control = context.control()?;
+    let (device, sectors) = context.change(&control, || {
+        let device = find_device(&context.system, &attached(&control)?, &args.device)?;
+        let number = device.loop_number();
+        let sectors = patient(
+            || control.resize(number, args.size_limit.unwrap_or(0)),
+            || users(&context.system, number).is_passing(),
+        )?;
+        Ok((device, sectors))
+    })?;
+    let (path, bytes) = (loop_path(device.loop_number()), sectors * SECTOR_BYTES);
+    if context.global.json {
+        output::json(&json!({
+            "loop": path,
+            "size_bytes": bytes,
+            "size_bytes_before": device.size_bytes(),
+        }))?;
+    } else {
+        output::line(&format!(
+            "{path}: {}, was {}",
+            size::bytes(bytes),
+            size::bytes(device.size_bytes())
+        ))?;
+    }
+    Ok(Code::Done)
+}
+
+pub(crate) fn set(context: &Context<'_>, args: &Set) -> anyhow::Result<Code> {
+    let control = context.control()?;
+    let stream = control.stream_by_name(args.set.as_str())?.ok_or_else(|| {
+        Refusals::one(
+            format!("set {}", args.set),
+            "there is no such set; dtloop status lists them",
+        )
+    })?;
+    let name = args.set.as_str();
+    if args.remove {
+        control.destroy_stream(stream.stream_id, args.discard_records)?;
+        report(
+            context,
+            &json!({ "set": name, "removed": true }),
+            "removed",
+            name,
+        )?;
+    }
+    if let Some(policy) = args.policy {
+        control.set_policy(stream.stream_id, policy.to_raw())?;
+        let policy = policy_name(policy.to_raw());
+        let value = json!({ "set": name, "policy": policy });
+        report(context, &value, &format!("policy {policy}"), name)?;
+    }
+    Ok(Code::Done)
+}
+
+fn report(
+    context: &Context<'_>,
+    json: &serde_json::Value,
+    text: &str,
+    set: &str,
+) -> anyhow::Result<()> {
+    if context.global.json {
+        output::json(json)
+    } else {
+        output::line(&format!("set {set}: {text}"))
+    }
+}
+
+/// A policy as it is written.
+pub(crate) const fn policy_name(policy: u32) -> &'static str {
+    match policy {
+        raw::POLICY_TRACK => "track",
+        raw::POLICY_BLOCK => "block",
+        _ => "unknown",
+    }
+}

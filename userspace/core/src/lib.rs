@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The state machines of source and target, without clock, socket, file or thread.
+//!
+//! Everything that decides lives here and is driven by calls: what to send next, what may be
+//! released, which range to read, whether a record is the next one, what a volume is worth. The
+//! programs `dtagent` and `dttarget` only move bytes between these and the world, so a test can
+//! do it too, with cuts, duplicates and restarts at every step.
+//!
+//! | side | module | decides |
+//! |---|---|---|
+//! | source | [`source`] | where a session resumes, what is acknowledged and may be released |
+//! | source | [`mirror`] | which range to read next for mirror and verify; keeps its place |
+//! | source | [`resync`] | when every change that was not in the stream has been sent again |
+//! | source | [`replica`] | what the source remembers of a set, and what must be mirrored |
+//! | target | [`sequence`] | whether a record is the next one, a duplicate, or a hole before it |
+//! | target | [`set`] | what the volumes of a set are worth; admission of a source |
+//! | target | [`apply`] | what a record does to a volume |
+//! | target | [`binding`] | whom a volume belongs to |
+//! | target | [`journal`] | the layout of the journal on disk |
+
+#![forbid(unsafe_code)]
+
+pub mod apply;
+pub mod binding;
+pub mod journal;
+pub mod mirror;
+pub mod replica;
+pub mod resync;
+pub mod sequence;
+pub mod set;
+pub mod source;
+
+/// Reads and writes a [`Uuid`](dtloop_proto::Uuid) as text in the state files.
+pub mod uuid_text {
+    use dtloop_proto::Uuid;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    /// For `#[serde(with)]`.
+    ///
+    /// # Errors
+    ///
+    /// Those of the serializer.
+    pub fn serialize<S: Serializer>(uuid: &Uuid, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(uuid)
+    }
+
+    /// For `#[serde(with)]`.
+    ///
+    /// # Errors
+    ///
+    /// If the text is no identifier.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(D::Error::custom)
+    }
+}

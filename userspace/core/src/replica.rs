@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the source remembers of a set, and which of its devices must be mirrored.
+//!
+//! A device that was mirrored once is mirrored again by itself (by difference, since most of it
+//! will be equal) when something breaks the relation: a new stream, a hole, a device that was
+//! away, a volume that the target no longer trusts. A device that was never mirrored waits for the
+//! operator, who may not want its target overwritten yet.
+
+use std::collections::BTreeMap;
+
+use dtloop_proto::message::{DeviceOffer, VolumeReport, VolumeSync};
+use dtloop_proto::{Code, Uuid};
+use serde::{Deserialize, Serialize};
+
+use crate::mirror::JobState;
+
+/// A device of the set by label.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceMemory {
+    /// Its id in the stream.
+    pub device: u32,
+    /// Its size in sectors.
+    pub sectors: u64,
+    /// A mirror of it was complete at some time.
+    pub mirrored_once: bool,
+    /// The mirror that is complete still holds.
+    pub mirrored: bool,
+}
+
+/// What survives a restart of the agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetMemory {
+    /// Raised with every new stream; the target refuses a lower one.
+    pub generation: u64,
+    /// The stream.
+    #[serde(with = "crate::uuid_text")]
+    pub stream_uuid: Uuid,
+    /// Devices by label.
+    pub devices: BTreeMap<String, DeviceMemory>,
+    /// Number of the last job.
+    pub last_job: u64,
+    /// The job under way, or the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<JobState>,
+}
+
+/// Why a device must be mirrored, and whether that happens by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Device id.
+    pub device: u32,
+    /// Its label.
+    pub label: String,
+    /// Its size in sectors.
+    pub sectors: u64,
+    /// For people.
+    pub reason: String,
+    /// A difference mirror is started; otherwise an operator decides.
+    pub automatic: bool,
+}
+
+impl SetMemory {
+    /// Takes up a stream. True: it is another one than before.
+    pub fn enter_stream(&mut self, stream_uuid: Uuid) -> bool {
+        if self.stream_uuid == stream_uuid {
+            return false;
+        }
+        self.stream_uuid = stream_uuid;
+        self.generation += 1;
+        self.job = None;
+        for device in self.devices.values_mut() {
+            device.mirrored = false;
+            device.device = 0;
+        }
+        true
+    }
+
+    /// Takes up a device that is in the stream. A device that comes back under its name has
+    /// perhaps changed meanwhile.
+    pub fn enter_device(&mut self, offer: &DeviceOffer) {
+        if offer.label.is_empty() {
+            return;
+        }
+        let device = self
+            .devices
+            .entry(offer.label.clone())
+            .or_insert(DeviceMemory {
+                device: offer.device,
+                sectors: offer.sectors,
+                mirrored_once: false,
+                mirrored: false,
+            });
+        if device.device != offer.device {
+            device.device = offer.device;
+            device.mirrored = false;
+        }
+        device.sectors = offer.sectors;
+    }
+
+    /// A mirror of the device is complete, or holds no longer.
+    pub fn set_mirrored(&mut self, device: u32, mirrored: bool) {
+        if let Some(memory) = self
+            .devices
+            .values_mut()
+            .find(|memory| memory.device == device)
+        {
+            memory.mirrored = mirrored;
+            memory.mirrored_once |= mirrored;
+        }
+    }
+
+    /// Number for a new job.
+    pub fn next_job_id(&mut self) -> u64 {
+        self.last_job += 1;
+        self.last_job
+    }
+
+    /// Whether the job under way mirrors the device.
+    fn is_being_mirrored(&self, device: u32) -> bool {
+        let job = self
+            .job
+            .as_ref()
+            .filter(|job| job.kind.is_mirror() && !job.is_over());
+        job.is_some_and(|job| {
+            job.devices
+                .iter()
+                .any(|item| item.device == device && !item.ended)
+        })
+    }
+
+    /// Which devices must be mirrored, given what the target reports. `broken` is a reason that
+    /// concerns all of them: a new stream, a hole.
+    #[must_use]
+    pub fn needs(
+        &self,
+        offers: &[DeviceOffer],
+        reports: &[VolumeReport],
+        broken: Option<&str>,
+    ) -> Vec<Need> {
+        let mut needs = vec![];
+        for offer in offers {
+            let Some(report) = reports.iter().find(|report| report.device == offer.device) else {
+                continue;
+            };
+            if report.code != Code::OK || self.is_being_mirrored(offer.device) {
+                continue;
+            }
+            let memory = self.devices.get(&offer.label);
+            let trusted = memory.is_some_and(|memory| memory.mirrored);
+            let holds = broken.is_none() && trusted && report.sync == VolumeSync::Mirrored;
+            if holds {
+                continue;
+            }
+            let once = memory.is_some_and(|memory| memory.mirrored_once);
+            let reason = match broken {
+                Some(reason) => reason.to_owned(),
+                None if !once => "it was never mirrored".to_owned(),
+                None if trusted => "the target no longer trusts its volume".to_owned(),
+                None => "the device was away, its stream began anew, or a mirror was interrupted"
+                    .to_owned(),
+            };
+            needs.push(Need {
+                device: offer.device,
+                label: offer.label.clone(),
+                sectors: offer.sectors,
+                reason: if once {
+                    reason
+                } else {
+                    "it was never mirrored".to_owned()
+                },
+                automatic: once,
+            });
+        }
+        needs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer(device: u32) -> DeviceOffer {
+        DeviceOffer {
+            device,
+            label: "vol".into(),
+            sectors: 64,
+            block_bytes: 512,
+        }
+    }
+
+    fn report(device: u32, sync: VolumeSync) -> VolumeReport {
+        VolumeReport {
+            device,
+            code: Code::OK,
+            text: String::new(),
+            sync,
+            sync_seq: 0,
+            sectors: 64,
+        }
+    }
+
+    fn memory(mirrored: bool) -> SetMemory {
+        let mut memory = SetMemory::default();
+        assert!(memory.enter_stream(Uuid([1; 16])));
+        memory.enter_device(&offer(1));
+        if mirrored {
+            memory.set_mirrored(1, true);
+        }
+        memory
+    }
+
+    #[test]
+    fn a_device_that_was_never_mirrored_waits_for_the_operator() {
+        let needs = memory(false).needs(&[offer(1)], &[report(1, VolumeSync::Unmirrored)], None);
+        assert!(!needs[0].automatic);
+    }
+
+    #[test]
+    fn what_both_sides_trust_needs_nothing() {
+        let needs = memory(true).needs(&[offer(1)], &[report(1, VolumeSync::Mirrored)], None);
+        assert!(needs.is_empty());
+    }
+
+    #[test]
+    fn every_broken_relation_leads_to_a_difference_mirror() {
+        let untrusted = memory(true).needs(&[offer(1)], &[report(1, VolumeSync::Unmirrored)], None);
+        assert!(untrusted[0].automatic);
+        let hole = memory(true).needs(
+            &[offer(1)],
+            &[report(1, VolumeSync::Mirrored)],
+            Some("a hole"),
+        );
+        assert_eq!(hole[0].reason, "a hole");
+        let mut renewed = memory(true);
+        assert!(renewed.enter_stream(Uuid([2; 16])));
+        assert_eq!(renewed.generation, 2);
+        renewed.enter_device(&offer(1));
+        assert!(renewed.needs(&[offer(1)], &[report(1, VolumeSync::Mirrored)], None)[0].automatic);
+        let mut returned = memory(true);
+        returned.enter_device(&offer(2));
+        assert!(returned.needs(&[offer(2)], &[report(2, VolumeSync::Mirrored)], None)[0].automatic);
+    }
+
+    #[test]
+    fn a_refused_device_is_not_mirrored() {
+        let refused = VolumeReport {
+            code: Code::VOLUME_TOO_SMALL,
+            ..report(1, VolumeSync::Unmirrored)
+        };
+        assert!(memory(true).needs(&[offer(1)], &[refused], None).is_empty());
+    }
+}

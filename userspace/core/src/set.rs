@@ -1,0 +1,526 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! What the target knows of a set: whose it is, how far it is, and what its volumes are worth.
+//!
+//! # What a volume is worth
+//!
+//! ```text
+//!                 bound to a device            Marker MirrorBegin
+//!   (unbound) ---------------------> Unmirrored -----------------> Mirroring
+//!                                        ^  ^                        |    |
+//!            new stream, new device id,  |  +------------------------+    | Marker MirrorEnd
+//!            records passed it by,       |     the same reasons           v
+//!            Marker Unmirrored           +---------------------------- Mirrored
+//! ```
+//!
+//! `Mirrored` alone does not mean "in sync": that also needs the set's order, see [`Lost`], and
+//! that records of the device are being applied. [`SetState::in_sync`] is the one place that says so.
+
+use std::collections::BTreeMap;
+
+use dtloop_proto::message::{Hello, Marker, VolumeReport, VolumeSync};
+use dtloop_proto::{Code, Op, RecordBody, Uuid};
+use serde::{Deserialize, Serialize};
+
+use crate::binding::Refusal;
+
+/// The order of the source's writes is lost: the target is no prefix of them from `from` until a
+/// resync that begins after `last` is complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    /// First record at which it was lost.
+    pub from: u64,
+    /// Last record at which it was lost again.
+    pub last: u64,
+    /// A [`Code`], if no record but source or target gave the reason.
+    pub code: u16,
+}
+
+/// A moment at which a volume was equal to its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Consistent {
+    /// The stream.
+    #[serde(with = "crate::uuid_text")]
+    pub stream_uuid: Uuid,
+    /// The last record applied then.
+    pub seq: u64,
+}
+
+/// [`VolumeSync`] in the state file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sync {
+    /// See [`VolumeSync::Unmirrored`].
+    #[default]
+    Unmirrored,
+    /// See [`VolumeSync::Mirroring`].
+    Mirroring,
+    /// See [`VolumeSync::Mirrored`].
+    Mirrored,
+}
+
+impl From<Sync> for VolumeSync {
+    fn from(sync: Sync) -> Self {
+        match sync {
+            Sync::Unmirrored => Self::Unmirrored,
+            Sync::Mirroring => Self::Mirroring,
+            Sync::Mirrored => Self::Mirrored,
+        }
+    }
+}
+
+/// A volume of the set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeState {
+    /// The device id that feeds it in the current stream.
+    pub device: u32,
+    /// Size of that device in sectors.
+    pub sectors: u64,
+    /// What it is worth.
+    pub sync: Sync,
+    /// Position at which `sync` was entered.
+    pub sync_seq: u64,
+    /// Since when and why records of the device are not applied: the code and the reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<(u16, String)>,
+    /// The last moment at which it was known to be equal to its device, once it no longer is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistent: Option<Consistent>,
+}
+
+/// Everything that the target remembers of a set. A copy of it is made durable at checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetState {
+    /// The source.
+    #[serde(with = "crate::uuid_text")]
+    pub source_id: Uuid,
+    /// Name of the set.
+    pub set: String,
+    /// Highest generation seen.
+    pub generation: u64,
+    /// Current stream.
+    #[serde(with = "crate::uuid_text")]
+    pub stream_uuid: Uuid,
+    /// Last record applied.
+    pub applied_seq: u64,
+    /// Whether the order is lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<Lost>,
+    /// Volumes by label.
+    pub volumes: BTreeMap<String, VolumeState>,
+}
+
+/// How a source that says hello is received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// It goes on where it was.
+    Resume,
+    /// It begins a stream that the target does not know.
+    NewStream,
+    /// The source no longer has records that the target needs.
+    Hole {
+        /// The first one missing.
+        from: u64,
+        /// The first one it has.
+        to: u64,
+    },
+}
+
+impl SetState {
+    /// A set that nothing is known of.
+    #[must_use]
+    pub fn new(source_id: Uuid, set: &str) -> Self {
+        Self {
+            source_id,
+            set: set.to_owned(),
+            generation: 0,
+            stream_uuid: Uuid::NONE,
+            applied_seq: 0,
+            lost: None,
+            volumes: BTreeMap::new(),
+        }
+    }
+
+    /// How to receive a source, given the last durable record. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be sent.
+    pub fn admit(&self, hello: &Hello, durable_seq: u64) -> Result<Admission, Refusal> {
+        let older = hello.generation < self.generation
+            || (hello.generation == self.generation && hello.stream_uuid != self.stream_uuid);
+        if older {
+            return Err(Refusal::new(
+                Code::OLDER_GENERATION,
+                format!(
+                    "Set \"{}\" of source {} comes with generation {} but this target has seen {}; an older \
+                     state of the source was restored, or it was cloned",
+                    self.set, self.source_id, hello.generation, self.generation
+                ),
+            ));
+        }
+        if hello.stream_uuid != self.stream_uuid {
+            return Ok(Admission::NewStream);
+        }
+        if durable_seq >= hello.next_seq {
+            return Err(Refusal::new(
+                Code::TARGET_AHEAD,
+                format!(
+                    "The target holds record {durable_seq} of set \"{}\", the source has made only those below {}",
+                    self.set, hello.next_seq
+                ),
+            ));
+        }
+        if durable_seq + 1 < hello.first_seq {
+            return Ok(Admission::Hole {
+                from: durable_seq + 1,
+                to: hello.first_seq,
+            });
+        }
+        Ok(Admission::Resume)
+    }
+
+    /// Takes up what [`SetState::admit`] found, once everything received before has been applied.
+    pub fn enter(&mut self, hello: &Hello, admission: Admission) {
+        self.generation = hello.generation;
+        match admission {
+            Admission::Resume => {}
+            Admission::NewStream => {
+                self.distrust_all();
+                self.stream_uuid = hello.stream_uuid;
+                self.applied_seq = hello.first_seq - 1;
+                self.lost = None;
+                for volume in self.volumes.values_mut() {
+                    volume.device = 0;
+                    volume.sync_seq = self.applied_seq;
+                }
+            }
+            Admission::Hole { from, to } => {
+                self.distrust_all();
+                self.lose(from, to - 1, Code::SEQUENCE_HOLE);
+                self.applied_seq = to - 1;
+            }
+        }
+    }
+
+    fn distrust_all(&mut self) {
+        let labels: Vec<String> = self.volumes.keys().cloned().collect();
+        for label in labels {
+            self.distrust(&label);
+        }
+    }
+
+    /// The volume is no longer known to be equal to its device.
+    pub fn distrust(&mut self, label: &str) {
+        let (stream_uuid, seq, whole) = (self.stream_uuid, self.applied_seq, self.lost.is_none());
+        if let Some(volume) = self.volumes.get_mut(label) {
+            if volume.sync == Sync::Mirrored && whole {
+                volume.consistent = Some(Consistent { stream_uuid, seq });
+            }
+            if volume.sync != Sync::Unmirrored {
+                volume.sync = Sync::Unmirrored;
+                volume.sync_seq = seq;
+            }
+        }
+    }
+
+    fn lose(&mut self, from: u64, last: u64, code: Code) {
+        if self.lost.is_none() {
+            for volume in self
+                .volumes
+                .values_mut()
+                .filter(|volume| volume.sync == Sync::Mirrored)
+            {
+                volume.consistent = Some(Consistent {
+                    stream_uuid: self.stream_uuid,
+                    seq: from.saturating_sub(1),
+                });
+            }
+        }
+        let lost = self.lost.get_or_insert(Lost {
+            from,
+            last,
+            code: code.0,
+        });
+        lost.last = lost.last.max(last);
+    }
+
+    /// A device was bound to its volume, or refused.
+    pub fn bind(&mut self, label: &str, device: u32, sectors: u64, refused: Option<&Refusal>) {
+        let seq = self.applied_seq;
+        let volume = self.volumes.entry(label.to_owned()).or_insert(VolumeState {
+            device,
+            sectors,
+            sync: Sync::Unmirrored,
+            sync_seq: seq,
+            refused: None,
+            consistent: None,
+        });
+        volume.sectors = sectors;
+        volume.refused = refused.map(|refusal| (refusal.code.0, refusal.text.clone()));
+        if volume.device != device || refused.is_some() {
+            self.distrust(label);
+        }
+        if let Some(volume) = self.volumes.get_mut(label) {
+            volume.device = device;
+        }
+    }
+
+    /// The label of the volume that a device feeds.
+    #[must_use]
+    pub fn label_of(&self, device: u32) -> Option<&str> {
+        let mut volumes = self.volumes.iter();
+        volumes
+            .find(|(_, volume)| volume.device == device)
+            .map(|(label, _)| label.as_str())
+    }
+
+    /// A record was applied.
+    pub fn on_record(&mut self, seq: u64, body: &RecordBody) {
+        debug_assert_eq!(seq, self.applied_seq + 1);
+        if body.loses_order() {
+            self.lose(seq, seq, Code::OK);
+        }
+        if body.op == Op::Resize && body.is_committed() {
+            if let Some(volume) = self
+                .volumes
+                .values_mut()
+                .find(|volume| volume.device == body.device)
+            {
+                volume.sectors = body.aux;
+            }
+        }
+        self.applied_seq = seq;
+    }
+
+    /// A record passed a volume by: it was refused, or does not reach as far.
+    pub fn on_passed_by(&mut self, device: u32) {
+        if let Some(label) = self.label_of(device).map(str::to_owned) {
+            self.distrust(&label);
+        }
+    }
+
+    /// A marker took its place.
+    pub fn on_marker(&mut self, position: u64, marker: Marker) {
+        match marker {
+            Marker::MirrorBegin { device } => {
+                self.on_passed_by(device);
+                self.enter_sync(device, Sync::Mirroring, position);
+            }
+            Marker::MirrorEnd { device } => {
+                if self.sync_of(device) == Some(Sync::Mirroring) {
+                    self.enter_sync(device, Sync::Mirrored, position);
+                }
+            }
+            Marker::Unmirrored { device, .. } => self.on_passed_by(device),
+            Marker::OrderRestored => {
+                if self.lost.is_some_and(|lost| lost.last < position) {
+                    self.lost = None;
+                }
+            }
+            Marker::OrderLost { code } => self.lose(position, position, code),
+        }
+    }
+
+    fn sync_of(&self, device: u32) -> Option<Sync> {
+        self.volumes
+            .values()
+            .find(|volume| volume.device == device)
+            .map(|volume| volume.sync)
+    }
+
+    fn enter_sync(&mut self, device: u32, sync: Sync, position: u64) {
+        if let Some(volume) = self
+            .volumes
+            .values_mut()
+            .find(|volume| volume.device == device)
+        {
+            volume.sync = sync;
+            volume.sync_seq = position;
+            if sync == Sync::Mirrored {
+                volume.consistent = None;
+            }
+        }
+    }
+
+    /// Whether the volume is equal to its device at `applied_seq`.
+    #[must_use]
+    pub fn in_sync(&self, label: &str) -> bool {
+        self.lost.is_none()
+            && self
+                .volumes
+                .get(label)
+                .is_some_and(|volume| volume.sync == Sync::Mirrored && volume.refused.is_none())
+    }
+
+    /// The volumes as they are reported to the source.
+    #[must_use]
+    pub fn reports(&self, bytes_of: impl Fn(&str) -> u64) -> Vec<VolumeReport> {
+        let report = |(label, volume): (&String, &VolumeState)| {
+            let (code, text) = volume.refused.clone().unwrap_or_default();
+            VolumeReport {
+                device: volume.device,
+                code: Code(code),
+                text: dtloop_proto::message::bounded_text(text),
+                sync: volume.sync.into(),
+                sync_seq: volume.sync_seq,
+                sectors: bytes_of(label) / dtloop_proto::limits::SECTOR_BYTES,
+            }
+        };
+        self.volumes
+            .iter()
+            .filter(|(_, volume)| volume.device != 0)
+            .map(report)
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dtloop_proto::record::{STATE_COMMITTED, STATE_FAILED};
+
+    fn hello(stream: u8, generation: u64, first_seq: u64, next_seq: u64) -> Hello {
+        Hello {
+            version_min: 1,
+            version_max: 1,
+            software: String::new(),
+            source_id: Uuid([9; 16]),
+            set: "db".into(),
+            stream_uuid: Uuid([stream; 16]),
+            generation,
+            first_seq,
+            next_seq,
+            devices: vec![],
+            options: vec![],
+        }
+    }
+
+    fn record(op: Op, state: u8) -> RecordBody {
+        RecordBody {
+            epoch: 0,
+            start_sector: 0,
+            time_ns: 0,
+            aux: 0,
+            sectors: 8,
+            device: 1,
+            flags: 0,
+            op,
+            state,
+        }
+    }
+
+    fn mirrored() -> SetState {
+        let mut state = SetState::new(Uuid([9; 16]), "db");
+        let hello = hello(1, 1, 1, 10);
+        assert_eq!(state.admit(&hello, 0), Ok(Admission::NewStream));
+        state.enter(&hello, Admission::NewStream);
+        state.bind("vol", 1, 64, None);
+        state.on_marker(1, Marker::MirrorBegin { device: 1 });
+        assert!(!state.in_sync("vol"));
+        state.on_record(1, &record(Op::Sync, STATE_COMMITTED));
+        state.on_marker(2, Marker::MirrorEnd { device: 1 });
+        assert!(state.in_sync("vol"));
+        state
+    }
+
+    #[test]
+    fn in_sync_ends_with_every_reason() {
+        for op in [Op::Gap, Op::Discard, Op::SecureErase] {
+            let mut state = mirrored();
+            state.on_record(2, &record(op, STATE_COMMITTED));
+            assert!(!state.in_sync("vol"), "{op:?}");
+            assert_eq!(state.volumes["vol"].consistent.map(|c| c.seq), Some(1));
+        }
+        let mut state = mirrored();
+        state.on_record(2, &record(Op::Write, STATE_FAILED));
+        assert!(!state.in_sync("vol"));
+        let mut state = mirrored();
+        state.on_passed_by(1);
+        assert!(!state.in_sync("vol"));
+        let mut state = mirrored();
+        state.bind("vol", 2, 64, None);
+        assert!(!state.in_sync("vol"), "another device of the same name");
+        let mut state = mirrored();
+        state.bind(
+            "vol",
+            1,
+            64,
+            Some(&Refusal::new(Code::VOLUME_TOO_SMALL, "small")),
+        );
+        assert!(!state.in_sync("vol"));
+        let mut state = mirrored();
+        state.on_marker(
+            2,
+            Marker::OrderLost {
+                code: Code::MIRROR_NEEDED,
+            },
+        );
+        assert!(!state.in_sync("vol"));
+    }
+
+    #[test]
+    fn order_is_restored_only_behind_the_last_loss() {
+        let mut state = mirrored();
+        state.on_record(2, &record(Op::Gap, STATE_COMMITTED));
+        state.on_record(3, &record(Op::Gap, STATE_COMMITTED));
+        state.on_marker(3, Marker::OrderRestored);
+        assert_eq!(
+            state.lost,
+            Some(Lost {
+                from: 2,
+                last: 3,
+                code: 0
+            })
+        );
+        state.on_marker(4, Marker::OrderRestored);
+        assert!(state.in_sync("vol"));
+    }
+
+    #[test]
+    fn a_mirror_that_never_began_does_not_end() {
+        let mut state = mirrored();
+        state.on_passed_by(1);
+        state.on_marker(2, Marker::MirrorEnd { device: 1 });
+        assert!(!state.in_sync("vol"));
+    }
+
+    #[test]
+    fn admission_notices_older_states_holes_and_new_streams() {
+        let state = mirrored();
+        assert_eq!(state.admit(&hello(1, 1, 1, 10), 5), Ok(Admission::Resume));
+        assert_eq!(
+            state.admit(&hello(1, 1, 8, 10), 5),
+            Ok(Admission::Hole { from: 6, to: 8 })
+        );
+        assert_eq!(
+            state.admit(&hello(2, 2, 1, 10), 5),
+            Ok(Admission::NewStream)
+        );
+        let code = |hello: &Hello| state.admit(hello, 5).unwrap_err().code;
+        assert_eq!(code(&hello(1, 0, 1, 10)), Code::OLDER_GENERATION);
+        assert_eq!(
+            code(&hello(2, 1, 1, 10)),
+            Code::OLDER_GENERATION,
+            "a clone of the source"
+        );
+        assert_eq!(code(&hello(1, 1, 1, 5)), Code::TARGET_AHEAD);
+    }
+
+    #[test]
+    fn a_new_stream_and_a_hole_need_a_mirror() {
+        let mut state = mirrored();
+        state.enter(&hello(2, 2, 1, 10), Admission::NewStream);
+        assert!(!state.in_sync("vol"));
+        assert_eq!(state.volumes["vol"].consistent.map(|c| c.seq), Some(1));
+        assert!(
+            state.reports(|_| 0).is_empty(),
+            "device ids of the old stream mean nothing"
+        );
+        let mut state = mirrored();
+        state.enter(&hello(1, 1, 8, 10), Admission::Hole { from: 2, to: 8 });
+        assert_eq!(state.applied_seq, 7);
+        assert_eq!(state.lost.map(|lost| (lost.from, lost.last)), Some((2, 7)));
+        assert!(!state.in_sync("vol"));
+    }
+}

@@ -1,0 +1,407 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Control messages. Limits are checked by [`Message::check`] on encode and on decode.
+
+use bincode::{Decode, Encode};
+
+use crate::body::{self, BodyError};
+use crate::code::Code;
+use crate::header::MessageType;
+use crate::limits;
+use crate::uuid::Uuid;
+
+/// A key with a value, for what later versions add to the handshake. Unknown keys are ignored.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct HandshakeOption {
+    /// Key; none is defined yet.
+    pub key: u16,
+    /// Value.
+    pub value: Vec<u8>,
+}
+
+/// A device of the set as the source describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct DeviceOffer {
+    /// Device id in the records of this stream.
+    pub device: u32,
+    /// Name of the volume on the target.
+    pub label: String,
+    /// Size in sectors.
+    pub sectors: u64,
+    /// Logical block size in bytes.
+    pub block_bytes: u32,
+}
+
+/// First frame of a connection, source to target. Its encoding never changes.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Hello {
+    /// Oldest protocol version the source speaks.
+    pub version_min: u16,
+    /// Newest protocol version the source speaks.
+    pub version_max: u16,
+    /// Name and version of the program, for people.
+    pub software: String,
+    /// Who the source is.
+    pub source_id: Uuid,
+    /// Name of the set.
+    pub set: String,
+    /// The stream that sequence numbers belong to.
+    pub stream_uuid: Uuid,
+    /// Rises whenever the source begins a new stream; a lower one is an older state of the source.
+    pub generation: u64,
+    /// The oldest record the source can still send.
+    pub first_seq: u64,
+    /// The first record the source has not made yet.
+    pub next_seq: u64,
+    /// Devices of the set.
+    pub devices: Vec<DeviceOffer>,
+    /// For later versions.
+    pub options: Vec<HandshakeOption>,
+}
+
+/// How far a volume's content can be trusted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[repr(u8)]
+pub enum VolumeSync {
+    /// Not mirrored since it was bound, since the stream changed or since records passed it by.
+    #[default]
+    Unmirrored,
+    /// A mirror is under way.
+    Mirroring,
+    /// Mirrored; equal to the source at the set's position unless the set lost its order.
+    Mirrored,
+}
+
+/// A volume of the set as the target sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct VolumeReport {
+    /// Device id.
+    pub device: u32,
+    /// [`Code::OK`] if records of the device are applied.
+    pub code: Code,
+    /// The reason, if they are not, and what to do.
+    pub text: String,
+    /// Content.
+    pub sync: VolumeSync,
+    /// Position at which `sync` was entered.
+    pub sync_seq: u64,
+    /// Size of the volume in sectors.
+    pub sectors: u64,
+}
+
+/// Target to source: the set may be shipped from `durable_seq + 1`. Its encoding never changes.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Welcome {
+    /// Protocol version of the connection from here on.
+    pub version: u16,
+    /// Name and version of the program, for people.
+    pub software: String,
+    /// Who the target is.
+    pub target_id: Uuid,
+    /// To be repeated in every frame.
+    pub session: u64,
+    /// The stream the target knew before; [`Uuid::NONE`] if none.
+    pub known_stream: Uuid,
+    /// Last record of the offered stream that is durable here; `first_seq - 1` for a new stream.
+    pub durable_seq: u64,
+    /// Last record of the offered stream that is applied here.
+    pub applied_seq: u64,
+    /// Record from which on the order is lost; 0 if it is not.
+    pub lost_from: u64,
+    /// Last record at which the order was lost.
+    pub lost_last: u64,
+    /// Volumes of the set.
+    pub volumes: Vec<VolumeReport>,
+    /// For later versions.
+    pub options: Vec<HandshakeOption>,
+}
+
+/// Target to source instead of [`Welcome`]. Its encoding never changes.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Refuse {
+    /// Reason.
+    pub code: Code,
+    /// Reason for people, and what to do.
+    pub text: String,
+}
+
+/// A statement of the source about the stream; the frame's `seq` is the position: it holds when
+/// every record below has been applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Marker {
+    /// A mirror of the device begins: its volume is neither old nor new state from here on.
+    MirrorBegin {
+        /// Device id.
+        device: u32,
+    },
+    /// The mirror is complete: the volume equals the device at this position.
+    MirrorEnd {
+        /// Device id.
+        device: u32,
+    },
+    /// The volume can no longer be trusted, for a reason the source knows.
+    Unmirrored {
+        /// Device id.
+        device: u32,
+        /// Reason.
+        code: Code,
+    },
+    /// Every change that was not in the stream has been sent again below this position.
+    OrderRestored,
+    /// From this position on the target is no prefix, for a reason that is in no record.
+    OrderLost {
+        /// Reason.
+        code: Code,
+    },
+}
+
+/// Target to source: how far it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Ack {
+    /// Last record that is durable in the journal. The source may forget it.
+    pub durable_seq: u64,
+    /// Last record that is applied to the volumes.
+    pub applied_seq: u64,
+    /// Last record that is durable in the volumes.
+    pub checkpoint_seq: u64,
+    /// Bytes that are in the journal and not yet durable in the volumes.
+    pub journal_bytes: u64,
+}
+
+/// A range whose content differed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Mismatch {
+    /// The Hash record.
+    pub seq: u64,
+    /// Device id.
+    pub device: u32,
+    /// First sector.
+    pub start_sector: u64,
+    /// Length in sectors.
+    pub sectors: u32,
+}
+
+/// Target to source: every Hash record up to `through_seq` has been compared, and these differed.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Verified {
+    /// See above.
+    pub through_seq: u64,
+    /// Those that differed, in the order of `seq`.
+    pub mismatches: Vec<Mismatch>,
+}
+
+/// Target to source: the volumes of the set after a [`DeviceOffer`] or a change on the target.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Volumes {
+    /// All of them.
+    pub volumes: Vec<VolumeReport>,
+}
+
+/// Target to source: a condition of the set that began, or ended with [`Code::OK`].
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Notice {
+    /// Condition.
+    pub code: Code,
+    /// For people, and what to do.
+    pub text: String,
+}
+
+/// Any control message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// See [`Hello`].
+    Hello(Hello),
+    /// See [`Welcome`].
+    Welcome(Welcome),
+    /// See [`Refuse`].
+    Refuse(Refuse),
+    /// See [`Marker`].
+    Marker(Marker),
+    /// See [`DeviceOffer`].
+    Bind(DeviceOffer),
+    /// See [`Ack`].
+    Ack(Ack),
+    /// See [`Verified`].
+    Verified(Verified),
+    /// See [`Volumes`].
+    Volumes(Volumes),
+    /// See [`Notice`].
+    Notice(Notice),
+    /// A number to be returned.
+    Ping(u64),
+    /// The number returned.
+    Pong(u64),
+    /// The sender closes the connection.
+    Bye(Refuse),
+}
+
+fn check_length(field: &'static str, found: usize, max: usize) -> Result<(), BodyError> {
+    if found <= max {
+        Ok(())
+    } else {
+        Err(BodyError::Limit { field, found, max })
+    }
+}
+
+/// Whether a set name or a label has the form the kernel interface asks for.
+#[must_use]
+pub fn is_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= limits::NAME_BYTES_MAX
+        && name != "."
+        && name != ".."
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+}
+
+fn check_options(options: &[HandshakeOption]) -> Result<(), BodyError> {
+    check_length("options", options.len(), limits::OPTIONS_MAX)?;
+    options
+        .iter()
+        .try_for_each(|option| check_length("option", option.value.len(), limits::OPTION_BYTES_MAX))
+}
+
+impl DeviceOffer {
+    fn check(&self) -> Result<(), BodyError> {
+        if !self.label.is_empty() && !is_name(&self.label) {
+            return Err(BodyError::Value("label"));
+        }
+        if self.sectors.checked_mul(limits::SECTOR_BYTES).is_none() {
+            return Err(BodyError::Value("sectors"));
+        }
+        Ok(())
+    }
+}
+
+fn check_volumes(volumes: &[VolumeReport]) -> Result<(), BodyError> {
+    check_length("volumes", volumes.len(), limits::DEVICES_MAX)?;
+    volumes
+        .iter()
+        .try_for_each(|volume| check_length("text", volume.text.len(), limits::TEXT_BYTES_MAX))
+}
+
+impl Hello {
+    fn check(&self) -> Result<(), BodyError> {
+        check_length("software", self.software.len(), limits::SOFTWARE_BYTES_MAX)?;
+        check_length("devices", self.devices.len(), limits::DEVICES_MAX)?;
+        check_options(&self.options)?;
+        if !is_name(&self.set) {
+            return Err(BodyError::Value("set"));
+        }
+        if self.first_seq == 0 || self.first_seq > self.next_seq {
+            return Err(BodyError::Value("first_seq"));
+        }
+        self.devices.iter().try_for_each(DeviceOffer::check)
+    }
+}
+
+impl Message {
+    /// The frame type of this message.
+    #[must_use]
+    pub fn message_type(&self) -> MessageType {
+        match self {
+            Self::Hello(_) => MessageType::Hello,
+            Self::Welcome(_) => MessageType::Welcome,
+            Self::Refuse(_) => MessageType::Refuse,
+            Self::Marker(_) => MessageType::Marker,
+            Self::Bind(_) => MessageType::Bind,
+            Self::Ack(_) => MessageType::Ack,
+            Self::Verified(_) => MessageType::Verified,
+            Self::Volumes(_) => MessageType::Volumes,
+            Self::Notice(_) => MessageType::Notice,
+            Self::Ping(_) => MessageType::Ping,
+            Self::Pong(_) => MessageType::Pong,
+            Self::Bye(_) => MessageType::Bye,
+        }
+    }
+
+    /// Whether every field is within its limits.
+    ///
+    /// # Errors
+    ///
+    /// The field that is not.
+    pub fn check(&self) -> Result<(), BodyError> {
+        match self {
+            Self::Hello(hello) => hello.check(),
+            Self::Welcome(welcome) => {
+                check_length(
+                    "software",
+                    welcome.software.len(),
+                    limits::SOFTWARE_BYTES_MAX,
+                )?;
+                check_options(&welcome.options)?;
+                check_volumes(&welcome.volumes)
+            }
+            Self::Refuse(refuse) | Self::Bye(refuse) => {
+                check_length("text", refuse.text.len(), limits::TEXT_BYTES_MAX)
+            }
+            Self::Bind(offer) => offer.check(),
+            Self::Verified(verified) => {
+                check_length("mismatches", verified.mismatches.len(), limits::RANGES_MAX)
+            }
+            Self::Volumes(volumes) => check_volumes(&volumes.volumes),
+            Self::Notice(notice) => check_length("text", notice.text.len(), limits::TEXT_BYTES_MAX),
+            Self::Marker(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_) => Ok(()),
+        }
+    }
+
+    /// Appends the body.
+    ///
+    /// # Errors
+    ///
+    /// The field that is beyond its limit.
+    pub fn encode_body(&self, out: &mut Vec<u8>) -> Result<(), BodyError> {
+        self.check()?;
+        match self {
+            Self::Hello(value) => body::encode(value, out),
+            Self::Welcome(value) => body::encode(value, out),
+            Self::Refuse(value) | Self::Bye(value) => body::encode(value, out),
+            Self::Marker(value) => body::encode(value, out),
+            Self::Bind(value) => body::encode(value, out),
+            Self::Ack(value) => body::encode(value, out),
+            Self::Verified(value) => body::encode(value, out),
+            Self::Volumes(value) => body::encode(value, out),
+            Self::Notice(value) => body::encode(value, out),
+            Self::Ping(value) | Self::Pong(value) => body::encode(value, out),
+        }
+    }
+
+    /// Decodes a body of that type. `None` if the type is no control message.
+    ///
+    /// # Errors
+    ///
+    /// The reason for which the body is refused.
+    pub fn decode_body(message_type: MessageType, bytes: &[u8]) -> Result<Option<Self>, BodyError> {
+        let message = match message_type {
+            MessageType::Hello => Self::Hello(body::decode(bytes)?),
+            MessageType::Welcome => Self::Welcome(body::decode(bytes)?),
+            MessageType::Refuse => Self::Refuse(body::decode(bytes)?),
+            MessageType::Marker => Self::Marker(body::decode(bytes)?),
+            MessageType::Bind => Self::Bind(body::decode(bytes)?),
+            MessageType::Ack => Self::Ack(body::decode(bytes)?),
+            MessageType::Verified => Self::Verified(body::decode(bytes)?),
+            MessageType::Volumes => Self::Volumes(body::decode(bytes)?),
+            MessageType::Notice => Self::Notice(body::decode(bytes)?),
+            MessageType::Ping => Self::Ping(body::decode(bytes)?),
+            MessageType::Pong => Self::Pong(body::decode(bytes)?),
+            MessageType::Bye => Self::Bye(body::decode(bytes)?),
+            MessageType::Record | MessageType::Zeroes | MessageType::Hash => return Ok(None),
+        };
+        message.check()?;
+        Ok(Some(message))
+    }
+}
+
+/// Cuts a text to what a message may carry, at a character boundary.
+#[must_use]
+pub fn bounded_text(mut text: String) -> String {
+    if text.len() > limits::TEXT_BYTES_MAX {
+        let mut end = limits::TEXT_BYTES_MAX;
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        text.truncate(end);
+    }
+    text
+}

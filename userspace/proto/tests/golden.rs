@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The bytes on the wire, literally. The three handshake messages can never change. The others
+//! can change only together with a new protocol version.
+
+#![expect(clippy::unwrap_used, reason = "a test")]
+
+use dtloop_proto::frame::{encode_message, encode_record};
+use dtloop_proto::message::*;
+use dtloop_proto::record::STATE_COMMITTED;
+use dtloop_proto::{Code, Decoded, Frame, Message, Op, RecordBody, RecordKind, Uuid, decode};
+
+fn hex(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for line in bytes.chunks(16) {
+        for byte in line {
+            text += &format!("{byte:02x}");
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+    digits
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect()
+}
+
+fn assert_golden(name: &str, session: u64, seq: u64, message: &Message, golden: &str) {
+    let mut bytes = Vec::new();
+    encode_message(&mut bytes, session, seq, message).unwrap();
+    assert_eq!(hex(&bytes), golden, "{name} is encoded differently");
+    let golden = unhex(golden);
+    let Ok(Decoded::Complete { frame, .. }) = decode(&golden) else {
+        panic!("{name} is not decoded");
+    };
+    assert_eq!(
+        frame,
+        Frame::Message(message.clone()),
+        "{name} is decoded differently"
+    );
+}
+
+#[test]
+fn hello_is_frozen() {
+    let hello = Hello {
+        version_min: 1,
+        version_max: 2,
+        software: "dtagent 0.1.0".into(),
+        source_id: Uuid(*b"source-id-16-byt"),
+        set: "db".into(),
+        stream_uuid: Uuid(*b"stream-uuid-16by"),
+        generation: 3,
+        first_seq: 0x0102_0304,
+        next_seq: 0x0102_0305,
+        devices: vec![DeviceOffer {
+            device: 1,
+            label: "vol1".into(),
+            sectors: 2048,
+            block_bytes: 512,
+        }],
+        options: vec![HandshakeOption {
+            key: 9,
+            value: vec![0xaa, 0xbb],
+        }],
+    };
+    assert_golden("Hello", 0, 0, &Message::Hello(hello), HELLO);
+}
+
+#[test]
+fn welcome_is_frozen() {
+    let welcome = Welcome {
+        version: 1,
+        software: "dttarget 0.1.0".into(),
+        target_id: Uuid(*b"target-id-16-byt"),
+        session: 0x1122_3344_5566_7788,
+        known_stream: Uuid(*b"stream-uuid-16by"),
+        durable_seq: 10,
+        applied_seq: 9,
+        lost_from: 4,
+        lost_last: 5,
+        volumes: vec![VolumeReport {
+            device: 1,
+            code: Code::VOLUME_TOO_SMALL,
+            text: "small".into(),
+            sync: VolumeSync::Mirrored,
+            sync_seq: 8,
+            sectors: 2048,
+        }],
+        options: vec![],
+    };
+    assert_golden("Welcome", 0, 0, &Message::Welcome(welcome), WELCOME);
+}
+
+#[test]
+fn refuse_is_frozen() {
+    let refuse = Refuse {
+        code: Code::FOREIGN_SOURCE,
+        text: "no".into(),
+    };
+    assert_golden("Refuse", 0, 0, &Message::Refuse(refuse), REFUSE);
+}
+
+#[test]
+fn record_of_version_1() {
+    let body = RecordBody {
+        epoch: 0x11,
+        start_sector: 0x22,
+        time_ns: 0x33,
+        aux: 0x44,
+        sectors: 1,
+        device: 0x55,
+        flags: 0x0166,
+        op: Op::Write,
+        state: STATE_COMMITTED,
+    };
+    let mut bytes = Vec::new();
+    encode_record(
+        &mut bytes,
+        0x77,
+        0x88,
+        RecordKind::Data,
+        &body,
+        &[0xa5; 512],
+    )
+    .unwrap();
+    assert_eq!(hex(&bytes), RECORD);
+}
+
+#[test]
+fn messages_of_version_1() {
+    assert_golden(
+        "Marker",
+        5,
+        6,
+        &Message::Marker(Marker::MirrorEnd { device: 7 }),
+        MARKER,
+    );
+    let ack = Ack {
+        durable_seq: 1,
+        applied_seq: 2,
+        checkpoint_seq: 3,
+        journal_bytes: 4,
+    };
+    assert_golden("Ack", 5, 0, &Message::Ack(ack), ACK);
+    let mismatches = vec![Mismatch {
+        seq: 1,
+        device: 2,
+        start_sector: 3,
+        sectors: 4,
+    }];
+    assert_golden(
+        "Verified",
+        5,
+        0,
+        &Message::Verified(Verified {
+            through_seq: 9,
+            mismatches,
+        }),
+        VERIFIED,
+    );
+    assert_golden("Ping", 5, 0, &Message::Ping(0xabcd), PING);
+}
+
+const HELLO: &str = "\
+44544c500907b835fd8e14d400000100
+00000000000000000000000000000000
+00000000000000009300000000000000
+010002000d0000000000000064746167
+656e7420302e312e30736f757263652d
+69642d31362d62797402000000000000
+00646273747265616d2d757569642d31
+36627903000000000000000403020100
+00000005030201000000000100000000
+00000001000000040000000000000076
+6f6c3100080000000000000002000001
+00000000000000090002000000000000
+00aabb
+";
+const WELCOME: &str = "\
+44544c5002cb67d7bb6e643700000200
+00000000000000000000000000000000
+00000000000000009700000000000000
+01000e00000000000000647474617267
+657420302e312e307461726765742d69
+642d31362d6279748877665544332211
+73747265616d2d757569642d31366279
+0a000000000000000900000000000000
+04000000000000000500000000000000
+01000000000000000100000006000500
+000000000000736d616c6c0200000008
+00000000000000000800000000000000
+00000000000000
+";
+const REFUSE: &str = "\
+44544c509d7ec75142fecd2e00000300
+00000000000000000000000000000000
+00000000000000000c00000000000000
+030002000000000000006e6f
+";
+const RECORD: &str = "\
+44544c506163339bc471a57e01001000
+00000000000000007700000000000000
+88000000000000003000000000020000
+11000000000000002200000000000000
+33000000000000004400000000000000
+01000000550000006601010200000000
+";
+const MARKER: &str = "\
+44544c502241f6ac4ee75f3401001300
+00000000000000000500000000000000
+06000000000000000800000000000000
+0100000007000000
+";
+const ACK: &str = "\
+44544c50fa55555e0026699c01003000
+00000000000000000500000000000000
+00000000000000002000000000000000
+01000000000000000200000000000000
+03000000000000000400000000000000
+";
+const VERIFIED: &str = "\
+44544c50b6d14166402e783301003100
+00000000000000000500000000000000
+00000000000000002800000000000000
+09000000000000000100000000000000
+01000000000000000200000003000000
+0000000004000000
+";
+const PING: &str = "\
+44544c50518d5e541b0a2dc101004000
+00000000000000000500000000000000
+00000000000000000800000000000000
+cdab000000000000
+";

@@ -1,0 +1,791 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The applier of a set: one thread that owns the volumes and what is known of the set.
+//!
+//! It replays the journal first, then takes buffers from the session in their order. A checkpoint
+//! makes the volumes durable, then the state that says so, and then the journal before it is free.
+//! A crash at any moment leaves a state from which the replay overwrites whatever came later.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::time::{Duration, Instant};
+
+use dtloop_core::apply::{Action, action};
+use dtloop_core::binding::{Refusal, check_label};
+use dtloop_core::set::{Admission, SetState};
+use dtloop_proto::message::{
+    DeviceOffer, Hello, Marker, Mismatch, Notice, Verified, VolumeReport, Volumes,
+};
+use dtloop_proto::{Code, Decoded, Frame, Message, RecordBody, RecordKind, Uuid};
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::Catalog;
+use crate::journal::{Horizon, Position, Replay};
+use crate::outlet::Outlet;
+use crate::volume::Volume;
+use dtloop_store::{self as state_file, StateFileError};
+
+/// Longest time between a change of a volume and the checkpoint behind it.
+const CHECKPOINT_AFTER: Duration = Duration::from_secs(5);
+
+/// Pause before a failed write to a volume is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Longest wait before the applier looks whether a checkpoint is due or asked for.
+const TICK: Duration = Duration::from_millis(200);
+
+/// What is made durable at a checkpoint.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Saved {
+    /// The set.
+    pub state: SetState,
+    /// The journal is to be replayed from here.
+    pub checkpoint: Position,
+}
+
+/// A frame of a batch.
+#[derive(Clone, Copy, Debug)]
+pub enum Item {
+    /// A record.
+    Record {
+        /// Its number.
+        seq: u64,
+        /// Its form.
+        kind: RecordKind,
+        /// Its body.
+        body: RecordBody,
+        /// Where its payload is in the buffer.
+        payload: (usize, usize),
+    },
+    /// A marker.
+    Marker {
+        /// Its position.
+        position: u64,
+        /// What it says.
+        marker: Marker,
+    },
+}
+
+/// A buffer full of frames that are durable in the journal.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The bytes received.
+    pub buffer: Vec<u8>,
+    /// The frames in it.
+    pub items: Vec<Item>,
+    /// The place behind it in the journal.
+    pub end: Position,
+    /// Bytes of the frames.
+    pub bytes: u64,
+}
+
+/// What the session gets when a source may ship.
+#[derive(Clone, Debug)]
+pub struct Entered {
+    /// How it was received.
+    pub admission: Admission,
+    /// The stream that was known before.
+    pub known_stream: Uuid,
+    /// Whether and where the order is lost.
+    pub lost: (u64, u64),
+    /// The volumes.
+    pub volumes: Vec<VolumeReport>,
+}
+
+/// What the applier is asked to do, in order.
+pub enum Command {
+    /// Apply.
+    Batch(Batch),
+    /// Receive a source.
+    Enter {
+        /// What it said.
+        hello: Box<Hello>,
+        /// Last durable record.
+        durable_seq: u64,
+        /// Where the answer goes.
+        reply: Sender<Result<Entered, Refusal>>,
+    },
+    /// Bind a device.
+    Bind(DeviceOffer),
+    /// Checkpoint and end.
+    Stop,
+}
+
+/// Flags that other threads set.
+#[derive(Debug, Default)]
+pub struct Flags {
+    /// End soon; do not wait for a volume that fails.
+    pub stop: AtomicBool,
+    /// End at once, as if killed.
+    pub abandon: AtomicBool,
+}
+
+/// See the module documentation.
+pub struct Applier {
+    dir: PathBuf,
+    state: SetState,
+    checkpoint: Position,
+    applied: Position,
+    volumes: HashMap<u32, Volume>,
+    catalog: Arc<Catalog>,
+    outlet: Arc<Outlet>,
+    horizon: Arc<Horizon>,
+    flags: Arc<Flags>,
+    dirty_since: Option<Instant>,
+    bytes_since: u64,
+    checkpoint_bytes: u64,
+    scratch: Vec<u8>,
+    mismatches: Vec<Mismatch>,
+    compared: Option<u64>,
+    replaying: bool,
+    complained: bool,
+}
+
+/// Why a set cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its state.
+    #[error(transparent)]
+    State(#[from] StateFileError),
+    /// Its journal.
+    #[error("Cannot read the journal of the set")]
+    Journal(#[from] io::Error),
+}
+
+impl Applier {
+    /// Loads what is known of the set in that directory, or begins with nothing.
+    ///
+    /// # Errors
+    ///
+    /// If the state cannot be read.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "called once, each is a part of its own"
+    )]
+    pub fn load(
+        dir: &Path,
+        source_id: Uuid,
+        set: &str,
+        catalog: Arc<Catalog>,
+        outlet: Arc<Outlet>,
+        horizon: Arc<Horizon>,
+        flags: Arc<Flags>,
+        checkpoint_bytes: u64,
+    ) -> Result<Self, OpenError> {
+        let fresh = || Saved {
+            state: SetState::new(source_id, set),
+            checkpoint: Position::default(),
+        };
+        let saved: Saved = state_file::load(&dir.join("state"))?.unwrap_or_else(fresh);
+        Ok(Self {
+            dir: dir.to_owned(),
+            state: saved.state,
+            checkpoint: saved.checkpoint,
+            applied: saved.checkpoint,
+            volumes: HashMap::new(),
+            catalog,
+            outlet,
+            horizon,
+            flags,
+            dirty_since: None,
+            bytes_since: 0,
+            checkpoint_bytes,
+            scratch: vec![],
+            mismatches: vec![],
+            compared: None,
+            replaying: false,
+            complained: false,
+        })
+    }
+
+    /// Opens the volumes that the set had, replays the journal and makes the result durable.
+    /// Returns the number of the next record.
+    ///
+    /// # Errors
+    ///
+    /// If journal or state cannot be read or written.
+    pub fn replay(&mut self) -> Result<u64, OpenError> {
+        self.open_volumes();
+        self.replaying = true;
+        let mut replay = Replay::new(
+            &self.dir.join("journal"),
+            self.state.source_id,
+            self.checkpoint,
+        )?;
+        let (mut batches, from) = (0_u64, self.state.applied_seq);
+        while let Some(replayed) = replay.next_batch()? {
+            if replayed.header.first_seq != self.state.applied_seq + 1 {
+                break;
+            }
+            let mut batch = Batch {
+                buffer: replayed.frames,
+                end: replayed.end,
+                ..Batch::default()
+            };
+            if !parse_batch(
+                &mut batch,
+                replayed.header.digest,
+                self.state.applied_seq + 1,
+            ) {
+                tracing::warn!(
+                    "The journal of set \"{}\" ends in a torn batch behind record {}; nothing in it was \
+                     acknowledged.",
+                    self.state.set,
+                    self.state.applied_seq
+                );
+                break;
+            }
+            self.apply(&batch);
+            if self.is_ending() {
+                return Err(io::Error::from(io::ErrorKind::Interrupted).into());
+            }
+            batches += 1;
+        }
+        self.replaying = false;
+        if batches > 0 {
+            tracing::info!(
+                "Set \"{}\": {batches} batches of the journal were applied again, records {} to {}.",
+                self.state.set,
+                from + 1,
+                self.state.applied_seq
+            );
+        }
+        self.checkpoint()?;
+        Ok(self.state.applied_seq + 1)
+    }
+
+    fn open_volumes(&mut self) {
+        let bound: Vec<(String, u32)> = self
+            .state
+            .volumes
+            .iter()
+            .filter(|(_, volume)| volume.device != 0 && volume.refused.is_none())
+            .map(|(label, volume)| (label.clone(), volume.device))
+            .collect();
+        for (label, device) in bound {
+            match self.catalog.open(&label) {
+                Ok(volume) => {
+                    self.volumes.insert(device, volume);
+                }
+                Err(refusal) => tracing::error!("{refusal}."),
+            }
+        }
+    }
+
+    /// The stream of the set.
+    #[must_use]
+    pub fn stream_uuid(&self) -> Uuid {
+        self.state.stream_uuid
+    }
+
+    /// Works until it is stopped.
+    ///
+    /// # Errors
+    ///
+    /// If the state cannot be written.
+    pub fn run(
+        mut self,
+        commands: &Receiver<Command>,
+        buffers: &Sender<Batch>,
+    ) -> Result<(), OpenError> {
+        let mut next = None;
+        loop {
+            let command = match next.take() {
+                Some(command) => Ok(command),
+                None => commands.recv_timeout(TICK),
+            };
+            if self.flags.abandon.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            match command {
+                Ok(Command::Batch(mut batch)) => {
+                    self.apply(&batch);
+                    batch.items.clear();
+                    // The session may have ended; then nobody needs the buffer.
+                    let _ = buffers.send(batch);
+                    next = match commands.try_recv() {
+                        Ok(command) => Some(command),
+                        Err(TryRecvError::Empty | TryRecvError::Disconnected) => {
+                            self.outlet.send_ack();
+                            None
+                        }
+                    };
+                }
+                Ok(Command::Enter {
+                    hello,
+                    durable_seq,
+                    reply,
+                }) => {
+                    let entered = self.enter(&hello, durable_seq);
+                    self.checkpoint()?;
+                    let _ = reply.send(entered);
+                }
+                Ok(Command::Bind(offer)) => {
+                    self.bind(&offer, std::slice::from_ref(&offer));
+                    self.checkpoint()?;
+                    self.report_volumes();
+                }
+                Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                    if !self.flags.abandon.load(Ordering::Relaxed) {
+                        self.checkpoint()?;
+                    }
+                    return Ok(());
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            self.checkpoint_if_due()?;
+        }
+    }
+
+    fn checkpoint_if_due(&mut self) -> Result<(), OpenError> {
+        let late = self
+            .dirty_since
+            .is_some_and(|since| since.elapsed() >= CHECKPOINT_AFTER);
+        let much = self.bytes_since >= self.checkpoint_bytes;
+        if late || much || (self.dirty_since.is_some() && self.horizon.is_wanted()) {
+            self.checkpoint()?;
+            self.outlet.send_ack();
+        }
+        Ok(())
+    }
+
+    /// Makes the volumes durable, then the state, and frees the journal before it.
+    fn checkpoint(&mut self) -> Result<(), OpenError> {
+        for device in self.volumes.keys().copied().collect::<Vec<_>>() {
+            self.until_it_works(device, |volume, _| volume.sync());
+        }
+        if self.is_ending() {
+            // A volume could not be made durable: the old checkpoint stays.
+            return Ok(());
+        }
+        let saved = Saved {
+            state: self.state.clone(),
+            checkpoint: self.applied,
+        };
+        state_file::store(&self.dir.join("state"), &saved)?;
+        self.checkpoint = self.applied;
+        self.horizon.advance(self.applied);
+        self.dirty_since = None;
+        self.bytes_since = 0;
+        let seq = self.state.applied_seq;
+        self.outlet.update(|ack| {
+            ack.applied_seq = seq;
+            ack.checkpoint_seq = seq;
+            ack.journal_bytes = 0;
+        });
+        Ok(())
+    }
+
+    fn is_ending(&self) -> bool {
+        self.complained && self.flags.stop.load(Ordering::Relaxed)
+    }
+
+    fn enter(&mut self, hello: &Hello, durable_seq: u64) -> Result<Entered, Refusal> {
+        let known_stream = self.state.stream_uuid;
+        let admission = self.state.admit(hello, durable_seq)?;
+        self.state.enter(hello, admission);
+        if admission != Admission::Resume {
+            self.volumes.clear();
+        }
+        for offer in &hello.devices {
+            self.bind(offer, &hello.devices);
+        }
+        let lost = self
+            .state
+            .lost
+            .map_or((0, 0), |lost| (lost.from, lost.last));
+        Ok(Entered {
+            admission,
+            known_stream,
+            lost,
+            volumes: self.reports(),
+        })
+    }
+
+    fn bind(&mut self, offer: &DeviceOffer, all: &[DeviceOffer]) {
+        let open = self.volumes.remove(&offer.device);
+        // A device that came back under its name has a new id; its volume is still open.
+        let former = self
+            .state
+            .volumes
+            .get(&offer.label)
+            .map(|volume| volume.device);
+        let open = open.or_else(|| former.and_then(|device| self.volumes.remove(&device)));
+        let result = check_label(offer, all).and_then(|()| {
+            self.catalog
+                .bind(self.state.source_id, &self.state.set, offer, open)
+        });
+        match result {
+            Ok(volume) => {
+                self.state
+                    .bind(&offer.label, offer.device, offer.sectors, None);
+                self.volumes.insert(offer.device, volume);
+            }
+            Err(refusal) => {
+                tracing::error!(
+                    "Device {} of set \"{}\": {refusal}.",
+                    offer.device,
+                    self.state.set
+                );
+                let label = if offer.label.is_empty() {
+                    format!("device-{}", offer.device)
+                } else {
+                    offer.label.clone()
+                };
+                self.state
+                    .bind(&label, offer.device, offer.sectors, Some(&refusal));
+            }
+        }
+    }
+
+    fn reports(&self) -> Vec<VolumeReport> {
+        let bytes_of = |label: &str| {
+            let mut volumes = self.volumes.values();
+            volumes
+                .find(|volume| volume.name() == label)
+                .map_or(0, Volume::bytes)
+        };
+        self.state.reports(bytes_of)
+    }
+
+    fn report_volumes(&self) {
+        self.outlet.send(&Message::Volumes(Volumes {
+            volumes: self.reports(),
+        }));
+    }
+
+    fn apply(&mut self, batch: &Batch) {
+        for item in &batch.items {
+            if self.flags.abandon.load(Ordering::Relaxed) {
+                return;
+            }
+            match *item {
+                Item::Record {
+                    seq,
+                    kind,
+                    body,
+                    payload: (start, end),
+                } => {
+                    self.apply_record(seq, kind, &body, &batch.buffer[start..end]);
+                    if self.is_ending() {
+                        return;
+                    }
+                    self.state.on_record(seq, &body);
+                }
+                Item::Marker { position, marker } => {
+                    self.state.on_marker(position, marker);
+                    tracing::info!(
+                        "Set \"{}\", position {position}: {marker:?}.",
+                        self.state.set
+                    );
+                }
+            }
+        }
+        self.applied = batch.end;
+        self.bytes_since += batch.bytes;
+        self.dirty_since.get_or_insert_with(Instant::now);
+        let (seq, journal_bytes) = (self.state.applied_seq, self.bytes_since);
+        self.outlet.update(|ack| {
+            ack.applied_seq = seq;
+            ack.journal_bytes = journal_bytes;
+        });
+        self.report_compared();
+    }
+
+    fn apply_record(&mut self, seq: u64, kind: RecordKind, body: &RecordBody, payload: &[u8]) {
+        let action = action(kind, body, payload);
+        if action == Action::Nothing {
+            return;
+        }
+        let fits = self
+            .volumes
+            .get(&body.device)
+            .is_some_and(|volume| action.end() <= volume.bytes());
+        if !fits {
+            if kind == RecordKind::Hash {
+                self.note_compared(seq, body, false);
+            }
+            self.state.on_passed_by(body.device);
+            return;
+        }
+        match action {
+            Action::Write { offset, data } => {
+                self.until_it_works(body.device, |volume, _| volume.write(offset, data));
+            }
+            Action::Zero { offset, bytes } => {
+                self.until_it_works(body.device, |volume, _| volume.zero(offset, bytes));
+            }
+            // After a crash the volume may be ahead of this position: the source asks again.
+            Action::Compare { .. } if self.replaying => {}
+            Action::Compare {
+                offset,
+                bytes,
+                hash,
+            } => {
+                let bytes = usize::try_from(bytes).unwrap_or(0);
+                let mut equal = false;
+                self.until_it_works(body.device, |volume, scratch| {
+                    scratch.resize(bytes, 0);
+                    volume.read(offset, scratch)?;
+                    equal = blake3::hash(scratch).as_bytes() == hash;
+                    Ok(())
+                });
+                self.note_compared(seq, body, equal);
+            }
+            Action::Nothing => {}
+        }
+    }
+
+    fn note_compared(&mut self, seq: u64, body: &RecordBody, equal: bool) {
+        self.compared = Some(seq);
+        if !equal {
+            let (device, start_sector, sectors) = (body.device, body.start_sector, body.sectors);
+            self.mismatches.push(Mismatch {
+                seq,
+                device,
+                start_sector,
+                sectors,
+            });
+        }
+    }
+
+    fn report_compared(&mut self) {
+        let Some(last) = self.compared.take() else {
+            return;
+        };
+        let mut mismatches = std::mem::take(&mut self.mismatches);
+        while !mismatches.is_empty() {
+            let rest = mismatches.split_off(mismatches.len().min(dtloop_proto::limits::RANGES_MAX));
+            let through_seq = if rest.is_empty() {
+                last
+            } else {
+                mismatches.last().map_or(last, |m| m.seq)
+            };
+            self.outlet.send(&Message::Verified(Verified {
+                through_seq,
+                mismatches,
+            }));
+            mismatches = rest;
+        }
+        self.outlet.send(&Message::Verified(Verified {
+            through_seq: last,
+            mismatches: vec![],
+        }));
+    }
+
+    /// Repeats an operation on a volume until it succeeds: a record is never left out. The source
+    /// is told, and held back by the journal that fills.
+    fn until_it_works(
+        &mut self,
+        device: u32,
+        mut run: impl FnMut(&mut Volume, &mut Vec<u8>) -> io::Result<()>,
+    ) {
+        let Some(volume) = self.volumes.get_mut(&device) else {
+            return;
+        };
+        loop {
+            let error = match run(volume, &mut self.scratch) {
+                Ok(()) => break,
+                Err(error) => error,
+            };
+            let code = match error.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::VOLUME_FULL,
+                _ => Code::VOLUME_IO,
+            };
+            if !std::mem::replace(&mut self.complained, true) {
+                let text = format!(
+                    "Volume \"{}\" cannot be used: {error}; it is tried again every second, nothing is lost",
+                    volume.name()
+                );
+                tracing::error!("{text}.");
+                self.outlet.send(&Message::Notice(Notice { code, text }));
+            }
+            if self.flags.stop.load(Ordering::Relaxed) || self.flags.abandon.load(Ordering::Relaxed)
+            {
+                return;
+            }
+            std::thread::sleep(RETRY_AFTER);
+        }
+        if std::mem::replace(&mut self.complained, false) {
+            let text = format!("Volume \"{}\" can be used again", volume.name());
+            tracing::info!("{text}.");
+            self.outlet.send(&Message::Notice(Notice {
+                code: Code::OK,
+                text,
+            }));
+        }
+    }
+}
+
+/// Fills in the items of a batch read from the journal. False if it is torn.
+fn parse_batch(batch: &mut Batch, digest: u32, first_seq: u64) -> bool {
+    let mut found = crc32fast::Hasher::new();
+    let mut sequence = dtloop_core::sequence::Sequencer::new(first_seq);
+    let mut at = 0;
+    while at < batch.buffer.len() {
+        let Ok(Decoded::Complete {
+            header,
+            frame,
+            bytes,
+        }) = dtloop_proto::decode(&batch.buffer[at..])
+        else {
+            return false;
+        };
+        found.update(&batch.buffer[at..at + dtloop_proto::header::HEADER_BYTES]);
+        match frame {
+            Frame::Record {
+                kind,
+                body,
+                payload,
+            } => {
+                if sequence.arrive(header.seq) != Ok(dtloop_core::sequence::Arrival::Next) {
+                    return false;
+                }
+                let payload = (at + bytes - payload.len(), at + bytes);
+                batch.items.push(Item::Record {
+                    seq: header.seq,
+                    kind,
+                    body,
+                    payload,
+                });
+            }
+            Frame::Message(Message::Marker(marker)) => {
+                batch.items.push(Item::Marker {
+                    position: header.seq,
+                    marker,
+                });
+            }
+            Frame::Message(_) => return false,
+        }
+        at += bytes;
+    }
+    batch.bytes = batch.buffer.len() as u64;
+    found.finalize() == digest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{JournalConfig, Size, VolumeConfig};
+    use crate::journal::{BatchInfo, Journal};
+    use dtloop_proto::Op;
+    use dtloop_proto::header::HEADER_BYTES;
+    use dtloop_proto::record::STATE_COMMITTED;
+    use std::os::unix::fs::FileExt;
+
+    const SOURCE: Uuid = Uuid([1; 16]);
+
+    fn frame(seq: u64, fill: u8) -> Vec<u8> {
+        let body = RecordBody {
+            epoch: 0,
+            start_sector: seq,
+            time_ns: 0,
+            aux: 0,
+            sectors: 1,
+            device: 1,
+            flags: 0,
+            op: Op::Write,
+            state: STATE_COMMITTED,
+        };
+        let (mut bytes, payload) = (vec![], [fill; 512]);
+        dtloop_proto::frame::encode_record(&mut bytes, 9, seq, RecordKind::Data, &body, &payload)
+            .unwrap();
+        bytes.extend_from_slice(&payload);
+        bytes
+    }
+
+    /// A set with one volume, bound, at record 0.
+    fn prepare(dir: &Path) -> Arc<Catalog> {
+        let path = dir.join("vol.img");
+        let volume = VolumeConfig {
+            name: "vol".into(),
+            path,
+            size: Some(Size(64 << 10)),
+        };
+        let mut state = SetState::new(SOURCE, "db");
+        state.bind("vol", 1, 128, None);
+        std::fs::create_dir_all(dir.join("journal")).unwrap();
+        let saved = Saved {
+            state,
+            checkpoint: Position::default(),
+        };
+        state_file::store(&dir.join("state"), &saved).unwrap();
+        Arc::new(Catalog::new(dir, vec![volume]))
+    }
+
+    fn replay(dir: &Path, catalog: &Arc<Catalog>) -> u64 {
+        let (outlet, horizon, flags) = (Arc::default(), Arc::default(), Arc::default());
+        let catalog = Arc::clone(catalog);
+        let applier = Applier::load(dir, SOURCE, "db", catalog, outlet, horizon, flags, 1 << 20);
+        applier.unwrap().replay().unwrap()
+    }
+
+    #[test]
+    fn a_torn_tail_is_cut_and_nothing_acknowledged_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = JournalConfig {
+            size: Size(1 << 20),
+            segment_size: Size(256 << 10),
+        };
+        let journal_dir = dir.path().join("journal");
+        let catalog = prepare(dir.path());
+        let state = std::fs::read(dir.path().join("state")).unwrap();
+        let mut journal = Journal::open(&journal_dir, config, SOURCE, Arc::default()).unwrap();
+        let mut last = (Position::default(), Position::default());
+        for batch in 0..3 {
+            let frames = [frame(batch * 2 + 1, 1), frame(batch * 2 + 2, 2)];
+            let mut digest = crc32fast::Hasher::new();
+            for frame in &frames {
+                digest.update(&frame[..HEADER_BYTES]);
+            }
+            let (digest, first_seq) = (digest.finalize(), batch * 2 + 1);
+            let info = BatchInfo {
+                frames: 2,
+                digest,
+                first_seq,
+                next_seq: first_seq + 2,
+            };
+            let end = journal
+                .append(&[&frames[0], &frames[1]], info, Uuid::NONE)
+                .unwrap();
+            last = (last.1, end);
+        }
+        drop(journal);
+        let segment = journal_dir.join("0000000000000001.seg");
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&segment)
+            .unwrap();
+        let used = 64 + 2 * (HEADER_BYTES as u64 + 48 + 512);
+        // All of the batch header and of the first frame's header and body, then samples.
+        let places = (0..160)
+            .chain((160..used).step_by(23))
+            .map(|at| last.0.offset + at);
+        for at in places {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x40], at).unwrap();
+            std::fs::write(dir.path().join("state"), &state).unwrap();
+            assert_eq!(replay(dir.path(), &catalog), 5, "byte {at}");
+            file.write_all_at(&byte, at).unwrap();
+        }
+        std::fs::write(dir.path().join("state"), &state).unwrap();
+        assert_eq!(replay(dir.path(), &catalog), 7);
+        let image = std::fs::read(dir.path().join("vol.img")).unwrap();
+        let expected = |sector: usize| match sector {
+            1..=6 => u8::try_from(2 - sector % 2).unwrap(),
+            _ => 0,
+        };
+        assert!(
+            image
+                .chunks(512)
+                .enumerate()
+                .all(|(n, data)| data.iter().all(|b| *b == expected(n)))
+        );
+    }
+}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The volumes of this target, and whom each belongs to.
+//!
+//! The owner of a volume is kept in `<state_dir>/volumes/<name>`. It is written when a device is
+//! bound for the first time and stays until an operator unbinds the volume.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use dtloop_core::binding::{self, Binding, Refusal};
+use dtloop_proto::message::DeviceOffer;
+use dtloop_proto::{Code, Uuid};
+
+use crate::config::VolumeConfig;
+use crate::volume::Volume;
+use dtloop_store::{self as state_file, StateFileError};
+
+/// See the module documentation.
+#[derive(Debug)]
+pub struct Catalog {
+    dir: PathBuf,
+    volumes: Vec<VolumeConfig>,
+    /// One binding at a time, so that two sources cannot both become the first.
+    gate: Mutex<()>,
+}
+
+impl Catalog {
+    /// A catalog of those volumes.
+    #[must_use]
+    pub fn new(state_dir: &Path, volumes: Vec<VolumeConfig>) -> Self {
+        Self {
+            dir: state_dir.join("volumes"),
+            volumes,
+            gate: Mutex::new(()),
+        }
+    }
+
+    /// All volumes.
+    #[must_use]
+    pub fn volumes(&self) -> &[VolumeConfig] {
+        &self.volumes
+    }
+
+    /// The owner of a volume, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read.
+    pub fn owner(&self, name: &str) -> Result<Option<Binding>, StateFileError> {
+        state_file::load(&self.dir.join(name))
+    }
+
+    /// Ends the ownership of a volume.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system.
+    pub fn unbind(&self, name: &str) -> std::io::Result<()> {
+        std::fs::remove_file(self.dir.join(name))?;
+        state_file::sync_dir(&self.dir)
+    }
+
+    /// Opens a volume without binding it.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be told to the source.
+    pub fn open(&self, name: &str) -> Result<Volume, Refusal> {
+        let config = self.volumes.iter().find(|volume| volume.name == name).ok_or_else(|| {
+            Refusal::new(
+                Code::VOLUME_NOT_FOUND,
+                format!("The target has no volume \"{name}\"; run \"dttarget volume create {name}\" there"),
+            )
+        })?;
+        Volume::open(config)
+    }
+
+    /// Opens the volume of a device, or takes the open one, and binds it.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be told to the source.
+    pub fn bind(
+        &self,
+        source_id: Uuid,
+        set: &str,
+        offer: &DeviceOffer,
+        open: Option<Volume>,
+    ) -> Result<Volume, Refusal> {
+        let _gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let damaged = |error: StateFileError| Refusal::new(Code::STATE_DAMAGED, format!("{error}"));
+        let owner = self.owner(&offer.label).map_err(damaged)?;
+        // A foreign volume is refused before it is even opened, so that its owner can.
+        binding::admit(source_id, set, offer, owner.as_ref(), u64::MAX)?;
+        let needed = offer
+            .sectors
+            .saturating_mul(dtloop_proto::limits::SECTOR_BYTES);
+        let volume = match open {
+            Some(volume) if volume.bytes() >= needed => volume,
+            other => {
+                drop(other);
+                self.open(&offer.label)?
+            }
+        };
+        let binding = binding::admit(source_id, set, offer, owner.as_ref(), volume.bytes())?;
+        if owner.is_none() {
+            state_file::store(&self.dir.join(&offer.label), &binding).map_err(damaged)?;
+        }
+        Ok(volume)
+    }
+}

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `/etc/DT/dttarget.toml`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+/// Where the configuration is.
+pub const CONFIG_PATH: &str = "/etc/DT/dttarget.toml";
+
+/// Where state is kept.
+pub const STATE_DIR: &str = "/var/lib/dtloop/target";
+
+/// Where the target listens when nothing else is said.
+pub const LISTEN: &str = "127.0.0.1:7788";
+
+/// How frames travel. Plaintext has to be asked for by name; TLS comes later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TransportKind {
+    /// As they are. For trusted networks only.
+    Plaintext,
+}
+
+/// A number of bytes: a number, or a text such as `"64MiB"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "SizeText")]
+pub struct Size(pub u64);
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum SizeText {
+    Number(u64),
+    Text(String),
+}
+
+impl TryFrom<SizeText> for Size {
+    type Error = String;
+
+    fn try_from(text: SizeText) -> Result<Self, String> {
+        match text {
+            SizeText::Number(number) => Ok(Self(number)),
+            SizeText::Text(text) => text.parse(),
+        }
+    }
+}
+
+impl std::str::FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refused = || format!("\"{text}\" is no size; write for example 4096, 64MiB or 2GiB");
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        let shift = match text[digits..].trim() {
+            "" | "B" => 0,
+            "K" | "KiB" => 10,
+            "M" | "MiB" => 20,
+            "G" | "GiB" => 30,
+            "T" | "TiB" => 40,
+            _ => return Err(refused()),
+        };
+        let number: u64 = text[..digits].parse().map_err(|_| refused())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(refused)
+    }
+}
+
+/// A volume: an image file or a block device.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeConfig {
+    /// Its name; devices with this label are replicated to it.
+    pub name: String,
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// For an image file: it is made, or made larger, to have this size.
+    pub size: Option<Size>,
+}
+
+/// The journal of each set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JournalConfig {
+    /// Most bytes a set's journal takes. When it is full, nothing is read from the source.
+    pub size: Size,
+    /// Bytes of one segment file.
+    pub segment_size: Size,
+}
+
+impl Default for JournalConfig {
+    fn default() -> Self {
+        Self {
+            size: Size(1 << 30),
+            segment_size: Size(64 << 20),
+        }
+    }
+}
+
+/// See the module documentation.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Address and port to listen on.
+    #[serde(default = "default_listen")]
+    pub listen: String,
+    /// How frames travel.
+    pub transport: TransportKind,
+    /// Where state and journals are kept.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// The journals.
+    #[serde(default)]
+    pub journal: JournalConfig,
+    /// Volumes.
+    #[serde(default, rename = "volume")]
+    pub volumes: Vec<VolumeConfig>,
+}
+
+fn default_listen() -> String {
+    LISTEN.to_owned()
+}
+
+fn default_state_dir() -> PathBuf {
+    STATE_DIR.into()
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("Cannot read {}", path.display()))?;
+        Self::parse(&text)
+            .with_context(|| format!("Configuration {} is not usable", path.display()))
+    }
+
+    /// Reads and checks a configuration.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it.
+    pub fn parse(text: &str) -> Result<Self> {
+        let config: Self = toml::from_str(text)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        for (index, volume) in self.volumes.iter().enumerate() {
+            ensure!(
+                dtloop_proto::message::is_name(&volume.name),
+                "Volume name \"{}\" is not 1 to 63 characters of A-Z a-z 0-9 _ . -",
+                volume.name
+            );
+            ensure!(
+                volume.path.is_absolute(),
+                "The path of volume \"{}\" is not absolute",
+                volume.name
+            );
+            for other in &self.volumes[..index] {
+                ensure!(
+                    other.name != volume.name,
+                    "Two volumes are named \"{}\"",
+                    volume.name
+                );
+                if other.path == volume.path {
+                    bail!(
+                        "Volumes \"{}\" and \"{}\" have the same path",
+                        other.name,
+                        volume.name
+                    );
+                }
+            }
+        }
+        let segment = self.journal.segment_size.0;
+        ensure!(
+            segment >= 8 << 20 && segment % dtloop_core::journal::BLOCK_BYTES == 0,
+            "journal.segment_size must be at least 8MiB and a multiple of 4096"
+        );
+        ensure!(
+            self.journal.size.0 / segment >= 2,
+            "journal.size must hold at least two segments"
+        );
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_is_understood() {
+        let config = Config::parse(
+            "listen = \"0.0.0.0:7788\"\ntransport = \"plaintext\"\n[journal]\nsize = \"256MiB\"\n\
+             segment_size = \"16MiB\"\n[[volume]]\nname = \"db\"\npath = \"/srv/db.img\"\nsize = \"2GiB\"\n",
+        )
+        .unwrap();
+        assert_eq!(config.volumes[0].size, Some(Size(2 << 30)));
+        assert_eq!(config.journal.segment_size, Size(16 << 20));
+        assert_eq!(config.state_dir, Path::new(STATE_DIR));
+    }
+
+    #[test]
+    fn plaintext_must_be_asked_for_by_name() {
+        assert!(Config::parse("listen = \"127.0.0.1:1\"").is_err());
+        assert!(Config::parse("transport = \"\"").is_err());
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let refused = |text: &str| format!("{:#}", Config::parse(text).unwrap_err());
+        let volume =
+            |name: &str, path: &str| format!("[[volume]]\nname = \"{name}\"\npath = \"{path}\"\n");
+        let head = "transport = \"plaintext\"\n";
+        assert!(refused(&(head.to_owned() + &volume("a/b", "/x"))).contains("a/b"));
+        assert!(refused(&(head.to_owned() + &volume("a", "x"))).contains("absolute"));
+        assert!(
+            refused(&(head.to_owned() + &volume("a", "/x") + &volume("a", "/y")))
+                .contains("Two volumes")
+        );
+        assert!(
+            refused(&(head.to_owned() + &volume("a", "/x") + &volume("b", "/x")))
+                .contains("same path")
+        );
+        assert!(refused("transport = \"plaintext\"\nspeed = 3\n").contains("speed"));
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!("64MiB".parse(), Ok(Size(64 << 20)));
+        assert_eq!("3".parse(), Ok(Size(3)));
+        assert!("64MB".parse::<Size>().is_err());
+        assert!("-1".parse::<Size>().is_err());
+        assert!("99999999999TiB".parse::<Size>().is_err());
+    }
+}

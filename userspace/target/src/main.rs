@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The command line of `dttarget`.
+
+#![forbid(unsafe_code)]
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, Subcommand};
+use dtloop_store as state_file;
+use dtloop_target::applier::Saved;
+use dtloop_target::catalog::Catalog;
+use dtloop_target::config::{CONFIG_PATH, Config, Size, VolumeConfig};
+use dtloop_target::replica::set_dir;
+use dtloop_target::server::{Server, lock_state_dir};
+use dtloop_target::volume::Volume;
+use nix::sys::signal::{SigSet, Signal};
+use serde::Serialize;
+
+/// Keeps copies of the block devices of other machines.
+#[derive(Parser)]
+#[command(name = "dttarget", version)]
+struct Cli {
+    /// Configuration file.
+    #[arg(long, global = true, default_value = CONFIG_PATH)]
+    config: PathBuf,
+    /// Directory for state and journals, instead of the configured one.
+    #[arg(long, global = true)]
+    state_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Receive changes until SIGTERM.
+    Serve {
+        /// Address and port to listen on, instead of the configured one.
+        #[arg(long)]
+        listen: Option<String>,
+    },
+    /// Volumes: the copies.
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Read the configuration and say what is wrong with it.
+    CheckConfig,
+}
+
+#[derive(Subcommand)]
+enum VolumeCommand {
+    /// Make an image file, or take a block device, and enter it in the configuration.
+    Create {
+        /// Name of the volume.
+        name: String,
+        /// Image file or block device.
+        #[arg(long)]
+        path: PathBuf,
+        /// Size of the image file, for example 2GiB.
+        #[arg(long)]
+        size: Option<Size>,
+    },
+    /// List the volumes and whom they belong to.
+    List {
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what the volumes are worth, as of the last checkpoint.
+    Status {
+        /// One volume only.
+        name: Option<String>,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// End the ownership of a volume, so that another source can have it. Stop dttarget first.
+    Unbind {
+        /// Name of the volume.
+        name: String,
+    },
+}
+
+fn main() -> ExitCode {
+    let terminal = std::io::stderr().is_terminal();
+    let builder = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(terminal);
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    builder.with_env_filter(filter).init();
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("dttarget: {error:#}.");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    if let Command::Volume(VolumeCommand::Create { name, path, size }) = &cli.command {
+        return create(&cli.config, name, path, *size);
+    }
+    let mut config = Config::load(&cli.config)?;
+    if let Some(dir) = &cli.state_dir {
+        config.state_dir.clone_from(dir);
+    }
+    match &cli.command {
+        Command::Serve { listen } => {
+            if let Some(listen) = listen {
+                config.listen.clone_from(listen);
+            }
+            serve(config)
+        }
+        Command::CheckConfig => {
+            println!(
+                "{} is usable: {} volumes.",
+                cli.config.display(),
+                config.volumes.len()
+            );
+            Ok(())
+        }
+        Command::Volume(VolumeCommand::Create { .. }) => Ok(()),
+        Command::Volume(
+            VolumeCommand::List { json } | VolumeCommand::Status { name: None, json },
+        ) => show(&config, None, *json),
+        Command::Volume(VolumeCommand::Status { name, json }) => {
+            show(&config, name.as_deref(), *json)
+        }
+        Command::Volume(VolumeCommand::Unbind { name }) => unbind(&config, name),
+    }
+}
+
+fn serve(config: Config) -> Result<()> {
+    // Blocked before any thread exists, so that only the wait below receives them.
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    signals.thread_block()?;
+    let server = Server::start(config)?;
+    let signal = signals.wait()?;
+    tracing::info!("{signal}: the volumes are made durable, then dttarget ends.");
+    server.stop(false);
+    Ok(())
+}
+
+fn create(config_path: &Path, name: &str, path: &Path, size: Option<Size>) -> Result<()> {
+    let path = std::path::absolute(path)?;
+    let text = match std::fs::read_to_string(config_path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            bail!(
+                "{} does not exist; write it with at least: transport = \"plaintext\"",
+                config_path.display()
+            )
+        }
+        Err(error) => {
+            return Err(error).with_context(|| format!("Cannot read {}", config_path.display()));
+        }
+    };
+    let mut entry = format!(
+        "\n[[volume]]\nname = {name:?}\npath = {:?}\n",
+        path.display().to_string()
+    );
+    if let Some(size) = size {
+        ensure!(size.0 % 512 == 0, "The size is not a multiple of 512");
+        entry += &format!("size = {}\n", size.0);
+    }
+    let text = if text.is_empty() || text.ends_with('\n') {
+        text + &entry
+    } else {
+        text + "\n" + &entry
+    };
+    Config::parse(&text)?;
+    let volume = Volume::open(&VolumeConfig {
+        name: name.to_owned(),
+        path: path.clone(),
+        size,
+    })?;
+    let temporary = config_path.with_extension("toml.new");
+    let write = || -> std::io::Result<()> {
+        let mut file = std::fs::File::create(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, config_path)
+    };
+    write().with_context(|| format!("Cannot write {}", config_path.display()))?;
+    println!(
+        "Volume \"{name}\" is {} with {} bytes. Restart dttarget to use it.",
+        path.display(),
+        volume.bytes()
+    );
+    Ok(())
+}
+
+/// A volume as it is shown.
+#[derive(Serialize)]
+struct Shown {
+    name: String,
+    path: PathBuf,
+    source_id: Option<String>,
+    set: Option<String>,
+    state: &'static str,
+    reason: Option<String>,
+    in_sync: bool,
+    applied_seq: Option<u64>,
+    order_lost_from: Option<u64>,
+    order_lost_to: Option<u64>,
+    consistent_at_seq: Option<u64>,
+}
+
+fn shown(config: &Config, catalog: &Catalog, volume: &VolumeConfig) -> Result<Shown> {
+    let mut shown = Shown {
+        name: volume.name.clone(),
+        path: volume.path.clone(),
+        source_id: None,
+        set: None,
+        state: "unbound",
+        reason: None,
+        in_sync: false,
+        applied_seq: None,
+        order_lost_from: None,
+        order_lost_to: None,
+        consistent_at_seq: None,
+    };
+    let Some(owner) = catalog.owner(&volume.name)? else {
+        return Ok(shown);
+    };
+    shown.source_id = Some(owner.source_id.to_string());
+    shown.set = Some(owner.set.clone());
+    shown.state = "bound";
+    let path = set_dir(&config.state_dir, owner.source_id, &owner.set).join("state");
+    let Some(saved) = state_file::load::<Saved>(&path)? else {
+        return Ok(shown);
+    };
+    let state = saved.state;
+    shown.applied_seq = Some(state.applied_seq);
+    if let Some(item) = state.volumes.get(&volume.name) {
+        use dtloop_core::set::Sync;
+        shown.in_sync = state.in_sync(&volume.name);
+        shown.reason = item.refused.as_ref().map(|(_, text)| text.clone());
+        shown.consistent_at_seq = item.consistent.map(|moment| moment.seq);
+        shown.state = match item.sync {
+            _ if item.refused.is_some() => "refused",
+            Sync::Unmirrored => "unmirrored",
+            Sync::Mirroring => "mirror in progress",
+            Sync::Mirrored if state.lost.is_some() => "order lost",
+            Sync::Mirrored => "in sync",
+        };
+        if item.sync == Sync::Mirrored {
+            shown.order_lost_from = state.lost.map(|lost| lost.from);
+            shown.order_lost_to = state.lost.map(|lost| lost.last);
+        }
+    }
+    Ok(shown)
+}
+
+fn show(config: &Config, name: Option<&str>, json: bool) -> Result<()> {
+    let catalog = Catalog::new(&config.state_dir, config.volumes.clone());
+    let chosen = catalog
+        .volumes()
+        .iter()
+        .filter(|volume| name.is_none_or(|name| volume.name == name));
+    let rows = chosen
+        .map(|volume| shown(config, &catalog, volume))
+        .collect::<Result<Vec<_>>>()?;
+    if let Some(name) = name.filter(|_| rows.is_empty()) {
+        bail!("There is no volume \"{name}\" in the configuration");
+    }
+    let mut out = std::io::stdout().lock();
+    if json {
+        serde_json::to_writer_pretty(&mut out, &rows)?;
+        writeln!(out)?;
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "{:<20} {:<18} {:<16} {:>12}  PATH",
+        "VOLUME", "STATE", "SET", "APPLIED"
+    )?;
+    for row in rows {
+        let applied = row
+            .applied_seq
+            .map_or_else(|| "-".to_owned(), |seq| seq.to_string());
+        let set = row.set.as_deref().unwrap_or("-");
+        writeln!(
+            out,
+            "{:<20} {:<18} {set:<16} {applied:>12}  {}",
+            row.name,
+            row.state,
+            row.path.display()
+        )?;
+        if let Some(reason) = row.reason {
+            writeln!(out, "    {reason}")?;
+        }
+        if let (Some(from), Some(to)) = (row.order_lost_from, row.order_lost_to) {
+            writeln!(out, "    order lost from record {from} to {to}")?;
+        }
+    }
+    Ok(())
+}
+
+fn unbind(config: &Config, name: &str) -> Result<()> {
+    let _lock = lock_state_dir(&config.state_dir)?;
+    let catalog = Catalog::new(&config.state_dir, config.volumes.clone());
+    let Some(owner) = catalog.owner(name)? else {
+        bail!("Volume \"{name}\" belongs to nobody")
+    };
+    // What is known of the set must no longer speak of the volume either.
+    let path = set_dir(&config.state_dir, owner.source_id, &owner.set).join("state");
+    if let Some(mut saved) = state_file::load::<Saved>(&path)? {
+        saved.state.volumes.remove(name);
+        state_file::store(&path, &saved)?;
+    }
+    catalog
+        .unbind(name)
+        .with_context(|| format!("Cannot unbind volume \"{name}\""))?;
+    println!(
+        "Volume \"{name}\" no longer belongs to set \"{}\" of source {}.",
+        owner.set, owner.source_id
+    );
+    Ok(())
+}

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A set of a source, as long as the program runs: its journal, its applier, its one session.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use dtloop_core::sequence::Sequencer;
+use dtloop_proto::Uuid;
+use dtloop_proto::limits::FRAME_BYTES_MAX;
+
+use crate::applier::{Applier, Batch, Command, Flags, OpenError};
+use crate::catalog::Catalog;
+use crate::config::JournalConfig;
+use crate::journal::{Horizon, Journal};
+use crate::outlet::Outlet;
+use crate::transport::Connection;
+
+/// Bytes of a receive buffer: a largest frame, and enough for a batch that is worth its fdatasync.
+pub const BUFFER_BYTES: usize = 2 << 20;
+const _: () = assert!(BUFFER_BYTES > FRAME_BYTES_MAX);
+
+/// Receive buffers of a set: one being filled, the others on their way to the volumes.
+const BUFFERS: usize = 6;
+
+/// What a session needs for itself alone.
+pub struct Writer {
+    /// The journal.
+    pub journal: Journal,
+    /// The sequence of durable records.
+    pub sequence: Sequencer,
+    /// The stream.
+    pub stream_uuid: Uuid,
+    /// The way to the applier.
+    pub commands: SyncSender<Command>,
+    /// Empty buffers.
+    pub buffers: Receiver<Batch>,
+    /// The buffer that the last session was filling.
+    pub stash: Option<Batch>,
+}
+
+/// See the module documentation.
+pub struct Replica {
+    /// What is told to the source.
+    pub outlet: Arc<Outlet>,
+    dir: PathBuf,
+    flags: Arc<Flags>,
+    horizon: Arc<Horizon>,
+    writer: Mutex<Option<Writer>>,
+    session: Mutex<Option<Connection>>,
+    commands: SyncSender<Command>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The directory of a set: its name for people, the source's id because names repeat.
+#[must_use]
+pub fn set_dir(state_dir: &Path, source_id: Uuid, set: &str) -> PathBuf {
+    state_dir.join("sets").join(format!("{set}.{source_id}"))
+}
+
+impl Replica {
+    /// Opens a set, replays its journal and starts its applier.
+    ///
+    /// # Errors
+    ///
+    /// If its state or journal cannot be used.
+    pub fn open(
+        state_dir: &Path,
+        source_id: Uuid,
+        set: &str,
+        catalog: Arc<Catalog>,
+        config: JournalConfig,
+    ) -> Result<Self, OpenError> {
+        let dir = set_dir(state_dir, source_id, set);
+        fs::create_dir_all(dir.join("journal"))?;
+        dtloop_store::sync_dir(&state_dir.join("sets"))?;
+        let (outlet, horizon, flags) = (
+            Arc::<Outlet>::default(),
+            Arc::<Horizon>::default(),
+            Arc::<Flags>::default(),
+        );
+        let mut applier = Applier::load(
+            &dir,
+            source_id,
+            set,
+            catalog,
+            Arc::clone(&outlet),
+            Arc::clone(&horizon),
+            Arc::clone(&flags),
+            config.size.0 / 4,
+        )?;
+        let next_seq = applier.replay()?;
+        let stream_uuid = applier.stream_uuid();
+        let journal = Journal::open(
+            &dir.join("journal"),
+            config,
+            source_id,
+            Arc::clone(&horizon),
+        )?;
+        outlet.update(|ack| ack.durable_seq = next_seq - 1);
+        let (commands, inbox) = sync_channel(BUFFERS);
+        let (returns, buffers) = channel();
+        for _ in 0..BUFFERS {
+            let _ = returns.send(Batch {
+                buffer: vec![0; BUFFER_BYTES],
+                ..Batch::default()
+            });
+        }
+        let thread = Self::spawn(set, applier, inbox, returns)?;
+        let sequence = Sequencer::new(next_seq);
+        let writer = Writer {
+            journal,
+            sequence,
+            stream_uuid,
+            commands: commands.clone(),
+            buffers,
+            stash: None,
+        };
+        Ok(Self {
+            outlet,
+            dir,
+            flags,
+            horizon,
+            writer: Mutex::new(Some(writer)),
+            session: Mutex::new(None),
+            commands,
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    fn spawn(
+        set: &str,
+        applier: Applier,
+        inbox: Receiver<Command>,
+        returns: Sender<Batch>,
+    ) -> std::io::Result<JoinHandle<()>> {
+        let name = set.to_owned();
+        std::thread::Builder::new().name(format!("apply {set}")).spawn(move || {
+            if let Err(error) = applier.run(&inbox, &returns) {
+                tracing::error!(
+                    "Set \"{name}\" is no longer applied: {:#}. Restart dttarget when the cause is removed.",
+                    anyhow::Error::from(error)
+                );
+            }
+        })
+    }
+
+    /// Takes the set over for a new connection; an older one is ended first.
+    pub fn take_over(&self, connection: Connection) -> MutexGuard<'_, Option<Writer>> {
+        let former = lock(&self.session).replace(connection);
+        if let Some(former) = former {
+            former.shutdown();
+        }
+        lock(&self.writer)
+    }
+
+    /// Where the set is kept.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether the program ends.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.flags.stop.load(Ordering::Relaxed)
+    }
+
+    /// Ends session and applier, with a checkpoint unless abandoned.
+    pub fn stop(&self, abandon: bool) {
+        self.flags.abandon.store(abandon, Ordering::Relaxed);
+        self.flags.stop.store(true, Ordering::Relaxed);
+        self.horizon.stop();
+        if let Some(session) = lock(&self.session).take() {
+            session.shutdown();
+        }
+        // The session has ended when its writer is free.
+        drop(lock(&self.writer).take());
+        // The applier may have ended by itself.
+        let _ = self.commands.send(Command::Stop);
+        if let Some(thread) = lock(&self.thread).take() {
+            if thread.join().is_err() {
+                tracing::error!("The applier of {} ended with a panic.", self.dir.display());
+            }
+        }
+    }
+}

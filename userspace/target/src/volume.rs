@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A volume: an image file or a block device, opened for this process alone.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use dtloop_core::binding::Refusal;
+use dtloop_proto::Code;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag, fallocate};
+
+use crate::config::VolumeConfig;
+
+/// Longest piece of zeroes written where the file system cannot make a hole.
+const ZERO_BYTES: usize = 64 << 10;
+
+/// An open volume.
+#[derive(Debug)]
+pub struct Volume {
+    name: String,
+    file: Flock<File>,
+    bytes: u64,
+    dirty: bool,
+}
+
+fn refuse(code: Code, name: &str, path: &Path, what: &str) -> Refusal {
+    Refusal::new(
+        code,
+        format!("Volume \"{name}\" ({}) {what}", path.display()),
+    )
+}
+
+/// An image that a stock loop device has open is mounted, or about to be.
+fn loop_device_over(path: &Path) -> Option<String> {
+    let wanted = std::fs::metadata(path).ok()?;
+    for entry in std::fs::read_dir("/sys/block").ok()?.flatten() {
+        let Ok(backing) = std::fs::read_to_string(entry.path().join("loop/backing_file")) else {
+            continue;
+        };
+        let found = std::fs::metadata(backing.trim_end());
+        if found.is_ok_and(|found| found.dev() == wanted.dev() && found.ino() == wanted.ino()) {
+            return Some(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    None
+}
+
+impl Volume {
+    /// Opens a volume, making or enlarging an image as configured.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be told to the source.
+    pub fn open(config: &VolumeConfig) -> Result<Self, Refusal> {
+        let (name, path) = (&config.name, &config.path);
+        let io = |error: io::Error| {
+            refuse(
+                Code::VOLUME_IO,
+                name,
+                path,
+                &format!("cannot be opened: {error}"),
+            )
+        };
+        let kind = std::fs::metadata(path).map(|metadata| metadata.file_type());
+        let is_device = match &kind {
+            Ok(kind) if kind.is_block_device() => true,
+            Ok(kind) if kind.is_file() => false,
+            Ok(_) => {
+                return Err(refuse(
+                    Code::VOLUME_IO,
+                    name,
+                    path,
+                    "is neither a file nor a block device",
+                ));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && config.size.is_some() => false,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(refuse(
+                    Code::VOLUME_NOT_FOUND,
+                    name,
+                    path,
+                    "does not exist; run \"dttarget volume create\" or give it a size",
+                ));
+            }
+            Err(_) => false,
+        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        if is_device {
+            options.custom_flags(OFlag::O_EXCL.bits());
+        } else if let Some(device) = loop_device_over(path) {
+            let what = format!("is in use as /dev/{device}; unmount and detach that first");
+            return Err(refuse(Code::VOLUME_BUSY, name, path, &what));
+        } else {
+            options.create(config.size.is_some());
+        }
+        let file = options.open(path).map_err(|error| {
+            match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+                Errno::EBUSY => refuse(
+                    Code::VOLUME_BUSY,
+                    name,
+                    path,
+                    "is mounted or in use otherwise; free it first",
+                ),
+                _ => io(error),
+            }
+        })?;
+        let file =
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(
+                |(_, errno)| match errno {
+                    Errno::EWOULDBLOCK => refuse(
+                        Code::VOLUME_BUSY,
+                        name,
+                        path,
+                        "is in use by another process",
+                    ),
+                    errno => io(errno.into()),
+                },
+            )?;
+        let mut bytes = (&*file).seek(SeekFrom::End(0)).map_err(io)?;
+        if let Some(size) = config.size.filter(|size| !is_device && bytes < size.0) {
+            file.set_len(size.0).map_err(io)?;
+            bytes = size.0;
+        }
+        Ok(Self {
+            name: name.clone(),
+            file,
+            bytes,
+            dirty: false,
+        })
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Writes at an offset.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file or device.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.dirty = true;
+        self.file.write_all_at(data, offset)
+    }
+
+    /// Makes a range read as zeroes, without taking space where that can be had.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file or device.
+    pub fn zero(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.dirty = true;
+        // For a block device the kernel turns both into its own write-zeroes.
+        for flags in [
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+            FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        ] {
+            let flags = flags | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            let length =
+                |value: u64| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
+            match fallocate(&*self.file, flags, length(offset)?, length(bytes)?) {
+                Ok(()) => return Ok(()),
+                Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS | Errno::ENODEV) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        let zeroes = [0; ZERO_BYTES];
+        let mut at = offset;
+        while at < offset + bytes {
+            let piece = usize::try_from(offset + bytes - at)
+                .unwrap_or(ZERO_BYTES)
+                .min(ZERO_BYTES);
+            self.file.write_all_at(&zeroes[..piece], at)?;
+            at += piece as u64;
+        }
+        Ok(())
+    }
+
+    /// Reads at an offset.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file or device.
+    pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(data, offset)
+    }
+
+    /// Makes everything written durable.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file or device.
+    pub fn sync(&mut self) -> io::Result<()> {
+        if self.dirty {
+            self.file.sync_data()?;
+            self.dirty = false;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Size;
+
+    fn config(path: &Path, size: Option<u64>) -> VolumeConfig {
+        VolumeConfig {
+            name: "v".into(),
+            path: path.to_owned(),
+            size: size.map(Size),
+        }
+    }
+
+    #[test]
+    fn images_are_made_and_grow_but_never_shrink() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.img");
+        assert_eq!(
+            Volume::open(&config(&path, None)).unwrap_err().code,
+            Code::VOLUME_NOT_FOUND
+        );
+        let open = |size| Volume::open(&config(&path, size)).unwrap().bytes();
+        assert_eq!(open(Some(8192)), 8192);
+        assert_eq!(open(Some(16384)), 16384);
+        assert_eq!(open(Some(4096)), 16384);
+    }
+
+    #[test]
+    fn one_process_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.img");
+        let first = Volume::open(&config(&path, Some(4096))).unwrap();
+        assert_eq!(
+            Volume::open(&config(&path, None)).unwrap_err().code,
+            Code::VOLUME_BUSY
+        );
+        drop(first);
+        assert!(Volume::open(&config(&path, None)).is_ok());
+        assert_eq!(
+            Volume::open(&config(dir.path(), None)).unwrap_err().code,
+            Code::VOLUME_IO
+        );
+    }
+
+    #[test]
+    fn zeroes_are_zeroes() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut volume = Volume::open(&config(&dir.path().join("v.img"), Some(1 << 20))).unwrap();
+        volume.write(0, &[7; 8192]).unwrap();
+        volume.zero(512, 4096).unwrap();
+        volume.sync().unwrap();
+        let mut data = [1; 8192];
+        volume.read(0, &mut data).unwrap();
+        assert!(data[512..4608].iter().all(|byte| *byte == 0));
+        assert!(
+            data[..512]
+                .iter()
+                .chain(&data[4608..])
+                .all(|byte| *byte == 7)
+        );
+    }
+}

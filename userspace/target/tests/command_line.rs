@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! The command line of `dttarget`.
+
+#![expect(clippy::unwrap_used, reason = "a test")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn dttarget(dir: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dttarget"));
+    command
+        .arg("--config")
+        .arg(dir.join("dttarget.toml"))
+        .arg("--state-dir")
+        .arg(dir.join("state"));
+    command.args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn volumes_are_made_listed_and_refused_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.img");
+    let path = path.to_str().unwrap();
+    let create = ["volume", "create", "a", "--path", path, "--size", "1MiB"];
+
+    let output = dttarget(dir.path(), &create);
+    assert!(!output.status.success());
+    assert!(
+        text(&output.stderr).contains("does not exist; write it"),
+        "{}",
+        text(&output.stderr)
+    );
+
+    std::fs::write(
+        dir.path().join("dttarget.toml"),
+        "# kept\ntransport = \"plaintext\"\n",
+    )
+    .unwrap();
+    assert!(dttarget(dir.path(), &create).status.success());
+    assert_eq!(std::fs::metadata(path).unwrap().len(), 1 << 20);
+    let config = std::fs::read_to_string(dir.path().join("dttarget.toml")).unwrap();
+    assert!(config.starts_with("# kept\n"));
+
+    let output = dttarget(dir.path(), &create);
+    assert!(!output.status.success());
+    assert_eq!(
+        std::fs::read_to_string(dir.path().join("dttarget.toml")).unwrap(),
+        config
+    );
+
+    let output = dttarget(dir.path(), &["volume", "list", "--json"]);
+    let rows: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&rows[0]["name"], &rows[0]["state"]),
+        (&"a".into(), &"unbound".into())
+    );
+    assert_eq!(rows[0]["in_sync"], serde_json::Value::Bool(false));
+    assert!(dttarget(dir.path(), &["check-config"]).status.success());
+
+    let output = dttarget(dir.path(), &["volume", "status", "b"]);
+    assert!(!output.status.success() && text(&output.stderr).contains("\"b\""));
+    assert!(
+        !dttarget(dir.path(), &["volume", "unbind", "a"])
+            .status
+            .success(),
+        "it belongs to nobody"
+    );
+}
+
+#[test]
+fn bad_configurations_end_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dttarget(dir.path(), &["serve"]);
+    assert!(!output.status.success() && text(&output.stderr).contains("Cannot read"));
+    std::fs::write(
+        dir.path().join("dttarget.toml"),
+        "listen = \"127.0.0.1:0\"\n",
+    )
+    .unwrap();
+    let output = dttarget(dir.path(), &["serve"]);
+    assert!(!output.status.success() && text(&output.stderr).contains("transport"));
+}
