@@ -22,8 +22,13 @@
 //! a bio too large for one record is cut, and the rest comes back through `submit_bio` when the first
 //! part is on its way down. What it may wait for is held by changes whose lower bios were
 //! handed down: the block layer works off the lower bios of one bio before it comes to the next bio
-//! of the same list, and a task's plug is flushed when it sleeps. The one allocation is before the gate, from a
-//! mempool whose elements come back as lower bios end.
+//! of the same list, and a task's plug is flushed when it sleeps.
+//!
+//! Memory comes from mempools, one a level. A captured change allocates before the gate, where it
+//! holds nothing: the elements it may wait for belong to changes in flight, which end, or to
+//! changes at the gate, which wait for nothing but changes in flight. A change that turns out to go
+//! by the stream is in the gate by then, so its clone comes from a second pool, whose elements all
+//! belong to changes in flight.
 
 use crate::{
     abi,
@@ -180,14 +185,20 @@ fn submit_change(device: ArcBorrow<'_, Device>, bio: UpperBio, payload_bytes: u3
     } else {
         stream.payload().segments(payload_bytes)
     };
-    let mut lower = stream.bios().alloc(op_flags.for_lower(), segments);
+    let lower = stream
+        .bios()
+        .alloc(op_flags.for_lower(), segments, request.nowait);
+    let mut lower = match lower {
+        Ok(lower) => lower,
+        Err(e) => return refuse(&device, bio, started, e),
+    };
     let (slot, place) = match stream.admit(&device, &request) {
         Ok(Admitted::Captured(slot, place)) => (slot, place),
         Ok(Admitted::Tracked(slot)) => {
             drop(lower);
             return submit_tracked(device, bio, started, &request, slot);
         }
-        Err(e) => return bio.end_accounted(started, e.into()),
+        Err(e) => return refuse(&device, bio, started, e),
     };
     let kind = Kind::of(&device, op_flags, sectors);
     stream.write_desc(&abi::Desc {
@@ -246,6 +257,18 @@ fn submit_change(device: ArcBorrow<'_, Device>, bio: UpperBio, payload_bytes: u3
     }
 }
 
+/// Ends a change that is not let in; `EAGAIN`: it would have to wait, and must not.
+#[cold]
+fn refuse(device: &Device, bio: UpperBio, started: Accounting, error: Error) {
+    if error == EAGAIN {
+        device
+            .counters()
+            .nowait_retries
+            .fetch_add(1, Ordering::Relaxed);
+    }
+    bio.end_accounted(started, error.into());
+}
+
 /// A change for which there was no room: to the backing device as it is.
 #[cold]
 fn submit_tracked(
@@ -255,8 +278,19 @@ fn submit_tracked(
     request: &Request,
     slot: SlotId,
 ) {
+    let stream = device.stream();
     let op_flags = bio.op_flags();
-    let mut lower = device.stream().bios().clone_of(device.backing(), &bio);
+    let clone = stream
+        .clones()
+        .clone_of(device.backing(), &bio, request.nowait);
+    let mut lower = match clone {
+        Ok(lower) => lower,
+        Err(e) => {
+            // Its range stays dirty: at worst it is sent again for nothing.
+            stream.open_gate(slot);
+            return refuse(&device, bio, started, e);
+        }
+    };
     lower.set_op_flags(op_flags.for_lower());
     lower.set_start_sector(device.start().wrapping_add(request.start));
     let counters = device.counters();

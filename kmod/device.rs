@@ -342,7 +342,7 @@ fn new_map(sectors: u64) -> Result<Arc<DirtyMap<DirtyWords>>> {
 fn size(backing: &BackingDevice, start: u64, limit_bytes: u64) -> Result<u64> {
     // At least one sector, by what a block device is.
     let block = u64::from(backing.block_bytes()).max(abi::SECTOR_BYTES);
-    if limit_bytes % block != 0 {
+    if !is_multiple(limit_bytes, block) {
         return Err(EINVAL);
     }
     let end = backing.sectors();
@@ -355,10 +355,16 @@ fn size(backing: &BackingDevice, start: u64, limit_bytes: u64) -> Result<u64> {
         limit if limit > rest => return Err(ERANGE),
         limit => limit,
     };
-    match sectors - sectors % (block / abi::SECTOR_BYTES) {
+    let tail = sectors.checked_rem(block / abi::SECTOR_BYTES).unwrap_or(0);
+    match sectors.wrapping_sub(tail) {
         0 => Err(ERANGE),
         sectors => Ok(sectors),
     }
+}
+
+/// Whether `value` is a multiple of `unit`; nothing is one of 0.
+pub(crate) fn is_multiple(value: u64, unit: u64) -> bool {
+    value.checked_rem(unit) == Some(0)
 }
 
 /// Gives a loop number back when an attach fails half-way.
@@ -422,7 +428,7 @@ fn build(
         return Err(EOPNOTSUPP);
     }
     let block_bytes = backing.block_bytes();
-    if request.offset_bytes % u64::from(block_bytes) != 0 {
+    if !is_multiple(request.offset_bytes, block_bytes.into()) {
         return Err(EINVAL);
     }
     let start = request.offset_bytes / abi::SECTOR_BYTES;

@@ -229,8 +229,13 @@ pub(crate) struct Stream {
     room_wait: WaitQueue,
     #[pin]
     readable: PollCondVar,
+    /// For changes that were not admitted yet: what they hold may wait at the gate.
     #[pin]
     bios: BioSet<InFlight>,
+    /// For changes that are in the gate and are not captured. A set of its own: those who hold a bio
+    /// of the other one may be waiting for just this change to end.
+    #[pin]
+    clones: BioSet<InFlight>,
     // Last: while anything of the stream exists, so does the module.
     _module: ModuleRef,
 }
@@ -307,6 +312,7 @@ impl Stream {
                 room_wait <- WaitQueue::new(c"dtloop_room", kernel::static_lock_class!()),
                 readable <- new_poll_condvar!("dtloop_readable"),
                 bios <- BioSet::new(),
+                clones <- BioSet::new(),
                 _module: module,
             }),
             GFP_KERNEL,
@@ -341,10 +347,15 @@ impl Stream {
         &self.name
     }
 
-    /// Where lower bios come from.
+    /// Where the lower bios of captured changes and of SYNC come from.
     #[inline]
     pub(crate) fn bios(&self) -> &BioSet<InFlight> {
         &self.bios
+    }
+
+    /// Where those of changes come from that go by the stream.
+    pub(crate) fn clones(&self) -> &BioSet<InFlight> {
+        &self.clones
     }
 
     /// The payload area.
@@ -422,10 +433,6 @@ impl Stream {
             return Err(EIO);
         }
         if request.nowait {
-            device
-                .counters()
-                .nowait_retries
-                .fetch_add(1, Ordering::Relaxed);
             return Err(EAGAIN);
         }
         self.admit_slowly(device, request, obstacle)
@@ -452,9 +459,9 @@ impl Stream {
         let wait = may_wait
             && state.policy == abi::POLICY_BLOCK
             && state.consumer
-            && !state.bad_consumer
-            && !device.is_failing();
+            && !state.bad_consumer;
         if wait {
+            // Of a device that is being torn off as well: the caller then fails the change.
             if state.gate.leave(slot) {
                 self.gate_wait.wake_all();
             }

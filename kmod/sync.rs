@@ -9,7 +9,7 @@
 use crate::{
     abi,
     change::InFlight,
-    device::Device,
+    device::{is_multiple, Device},
     dirty::Next,
     ffi::{bio::OpFlags, bio_set::LowerState as _, time},
     stream::SyncAdmitted,
@@ -26,7 +26,7 @@ const WORDS_PER_LOOK: usize = 4096;
 pub(crate) fn start(device: &Arc<Device>, request: &abi::Sync) -> Result<u64> {
     let block = u64::from(device.block_bytes()) / abi::SECTOR_BYTES;
     let chunk = u64::from(request.chunk_bytes) / abi::SECTOR_BYTES;
-    let aligned = request.start_sector % block == 0 && request.sectors % block == 0;
+    let aligned = is_multiple(request.start_sector, block) && is_multiple(request.sectors, block);
     if request.flags & !abi::SYNC_CLEAR != 0
         || request.reserved0 != 0
         || request.reserved != [0; 3]
@@ -63,7 +63,9 @@ fn read_chunk(device: &Arc<Device>, request: &abi::Sync, start: u64, sectors: u3
     let stream = device.stream();
     let bytes = sectors * abi::SECTOR_BYTES as u32;
     let segments = stream.payload().segments(bytes);
-    let mut lower = stream.bios().alloc(OpFlags::BACKGROUND_READ, segments);
+    let mut lower = stream
+        .bios()
+        .alloc(OpFlags::BACKGROUND_READ, segments, false)?;
     lower.bind(device.backing());
     let (slot, place) = match stream.admit_sync(device, start, sectors, bytes)? {
         SyncAdmitted::Ready(slot, place) => (slot, place),

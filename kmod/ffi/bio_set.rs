@@ -2,9 +2,9 @@
 
 //! Lower bios, each with room for the driver's own state in front of it.
 //!
-//! One allocation a change: the bio, its first segments and the state `T` come from one mempool,
-//! which guarantees progress when memory is short as long as nobody allocates a second bio before
-//! the first one was submitted (the write path allocates once per `submit_bio`).
+//! One allocation a change: the bio, its first segments and the state `T` come from one mempool.
+//! It guarantees progress when memory is short as long as nobody waits for a bio of a set while he
+//! holds what a bio of the same set waits for.
 //!
 //! C header: `include/linux/bio.h`
 
@@ -23,6 +23,17 @@ use kernel::{
 
 /// Bios that are there for progress when memory is short.
 const POOL: u32 = 64;
+
+/// With `nowait` the allocation neither sleeps nor complains; else it may do anything but I/O.
+#[inline]
+fn gfp(nowait: bool) -> bindings::gfp_t {
+    if nowait {
+        bindings::GFP_NOWAIT
+    } else {
+        // SAFETY: A constant.
+        unsafe { shim::dtloop_gfp_noio }
+    }
+}
 
 /// State that travels with a lower bio.
 pub(crate) trait LowerState: Sized + Send {
@@ -73,35 +84,46 @@ impl<T: LowerState> BioSet<T> {
         })
     }
 
-    /// Allocates an empty bio with room for `segments` segments. Never fails; may sleep until
-    /// another bio of the set ends. It gets its device by [`LowerBio::inherit`] or
-    /// [`LowerBio::bind`]: with the allocation it would be charged to the current task's cgroup,
-    /// which is the wrong one for what a kernel thread writes back, and be charged anew then.
+    /// Allocates an empty bio with room for `segments` segments. When memory is short it sleeps until
+    /// another bio of the set ends; with `nowait` it does not sleep and gives `EAGAIN`. It gets its
+    /// device by [`LowerBio::inherit`] or [`LowerBio::bind`]: with the allocation it would be charged
+    /// to the current task's cgroup, which is the wrong one for what a kernel thread writes back,
+    /// and be charged anew then.
     #[inline]
-    pub(crate) fn alloc(&self, op_flags: OpFlags, segments: u16) -> LowerBio<T> {
-        // SAFETY: The set is valid by the type invariant; the device may be null. With `GFP_NOIO`,
-        // which may block, the mempool makes the allocation succeed.
+    pub(crate) fn alloc(
+        &self,
+        op_flags: OpFlags,
+        segments: u16,
+        nowait: bool,
+    ) -> Result<LowerBio<T>> {
+        // SAFETY: The set is valid by the type invariant; the device may be null.
         let bio = unsafe {
             bindings::bio_alloc_bioset(
                 core::ptr::null_mut(),
                 segments,
                 op_flags.0,
-                shim::dtloop_gfp_noio,
+                gfp(nowait),
                 self.set.get(),
             )
         };
         LowerBio::new(bio)
     }
 
-    /// Allocates a bio that shares the data of `upper`, for a change that is not captured.
-    pub(crate) fn clone_of(&self, backing: &BackingDevice, upper: &UpperBio) -> LowerBio<T> {
+    /// Allocates a bio that shares the data of `upper`, for a change that is not captured; `nowait` as
+    /// for [`BioSet::alloc`].
+    pub(crate) fn clone_of(
+        &self,
+        backing: &BackingDevice,
+        upper: &UpperBio,
+        nowait: bool,
+    ) -> Result<LowerBio<T>> {
         // SAFETY: As for `alloc`; `upper` is valid and outlives the clone as it is ended by the
         // clone's end only.
         let bio = unsafe {
             bindings::bio_alloc_clone(
                 backing.as_ptr(),
                 upper.as_ptr(),
-                shim::dtloop_gfp_noio,
+                gfp(nowait),
                 self.set.get(),
             )
         };
@@ -129,17 +151,15 @@ pub(crate) struct LowerBio<T: LowerState> {
 }
 
 impl<T: LowerState> LowerBio<T> {
+    /// `EAGAIN` for null: there was no memory, and the caller would not wait. An allocation that may
+    /// wait does not fail, as it takes from the mempool in the end.
     #[inline]
-    fn new(bio: *mut bindings::bio) -> Self {
-        // PANIC: None: an allocation from a bio set with a blocking flag does not fail; should it,
-        // the dangling pointer of a null bio would fault at once in `bio_alloc_bioset`'s caller.
-        // SAFETY: Not null, see above.
-        let bio = unsafe { NonNull::new_unchecked(bio) };
+    fn new(bio: *mut bindings::bio) -> Result<Self> {
         // INVARIANT: Just allocated from a `BioSet<T>`.
-        Self {
-            bio,
+        Ok(Self {
+            bio: NonNull::new(bio).ok_or(EAGAIN)?,
             state: PhantomData,
-        }
+        })
     }
 
     /// First sector on the backing device.

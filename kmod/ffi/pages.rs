@@ -9,6 +9,7 @@
 //! C header: `include/linux/gfp.h`
 
 use super::shim;
+use crate::abi;
 use core::{
     ffi::c_void,
     ptr::NonNull,
@@ -23,6 +24,15 @@ use kernel::{
 
 /// Largest piece: 2 MiB.
 const ORDER_MAX: u32 = 9;
+
+/// Smallest piece of an area that is larger than one: 32 KiB, the largest order for which the
+/// allocator still makes an effort (`PAGE_ALLOC_COSTLY_ORDER`).
+const ORDER_MIN: u32 = 3;
+
+// A bio takes at most `BIO_MAX_VECS` segments: the largest record must fit one, wherever it begins.
+const _: () = assert!(
+    (abi::RECORD_BYTES_MAX as usize >> ORDER_MIN) / PAGE_SIZE + 2 <= bindings::BIO_MAX_VECS as usize
+);
 
 /// An area of memory.
 ///
@@ -43,7 +53,8 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    /// Allocates `bytes` bytes, rounded up to whole pieces, all zero.
+    /// Allocates `bytes` bytes, rounded up to whole pieces, all zero. `ENOMEM` when there is not so
+    /// much memory: nobody is killed for it.
     ///
     /// Must not be called from atomic context.
     pub(crate) fn new(bytes: usize) -> Result<Self> {
@@ -52,9 +63,9 @@ impl Pages {
         loop {
             match Self::with_order(pages, order) {
                 Ok(area) => return Ok(area),
-                // Memory is fragmented: single pages always do, at the cost of more segments.
-                Err(e) if order == 0 => return Err(e),
-                Err(_) => order = order.saturating_sub(3),
+                Err(e) if order <= ORDER_MIN => return Err(e),
+                // Memory is fragmented: smaller pieces may do, at the cost of more segments.
+                Err(_) => order = order.saturating_sub(3).max(ORDER_MIN),
             }
         }
     }
@@ -66,12 +77,14 @@ impl Pages {
             order,
             bytes: (count << order) * PAGE_SIZE,
         };
-        let flags = if order == 0 {
-            bindings::GFP_KERNEL | bindings::__GFP_ZERO
-        } else {
-            // The large orders are tried only: no warning, no effort beyond direct reclaim.
-            bindings::GFP_KERNEL | bindings::__GFP_ZERO | bindings::__GFP_NOWARN
-        };
+        // An operator may ask for more than there is. That is an error to be read: no warning in the
+        // log, and no out-of-memory killing for the sake of a ring. For the large orders the
+        // allocator does not kill anyway; for the smallest one it has to be told.
+        let mut flags = bindings::GFP_KERNEL | bindings::__GFP_ZERO | bindings::__GFP_NOWARN;
+        if order <= ORDER_MIN {
+            // SAFETY: A constant.
+            flags |= unsafe { shim::dtloop_gfp_retry_mayfail };
+        }
         for _ in 0..count {
             // SAFETY: A plain page allocation in sleepable context. Not from highmem, so what it
             // gives is an address in the direct map.
@@ -240,10 +253,13 @@ impl Pages {
 impl Drop for Pages {
     fn drop(&mut self) {
         for piece in self.pieces.iter() {
-            for index in 0..1_usize << self.order {
+            for index in 0..1_usize.wrapping_shl(self.order) {
                 // SAFETY: By the type invariant each page of the piece is ours.
                 unsafe {
-                    let address = piece.as_ptr().cast::<u8>().add(index * PAGE_SIZE);
+                    let address = piece
+                        .as_ptr()
+                        .cast::<u8>()
+                        .add(index.wrapping_mul(PAGE_SIZE));
                     bindings::__free_pages(shim::dtloop_virt_to_page(address.cast()), 0);
                 }
             }

@@ -28,6 +28,7 @@ const u32 dtloop_open_write = (__force u32)BLK_OPEN_WRITE;
 const u32 dtloop_bioset_need_bvecs = BIOSET_NEED_BVECS;
 const u32 dtloop_gd_suppress_part_scan = GD_SUPPRESS_PART_SCAN;
 const u32 dtloop_gfp_noio = (__force u32)GFP_NOIO;
+const u32 dtloop_gfp_retry_mayfail = (__force u32)__GFP_RETRY_MAYFAIL;
 const u32 dtloop_hz = HZ;
 
 void dtloop_bio_set_dev(struct bio *bio, struct block_device *bdev)

@@ -23,6 +23,7 @@ extern const u32 dtloop_open_write;
 extern const u32 dtloop_bioset_need_bvecs;
 extern const u32 dtloop_gd_suppress_part_scan;
 extern const u32 dtloop_gfp_noio;
+extern const u32 dtloop_gfp_retry_mayfail;
 extern const u32 dtloop_hz;
 
 void dtloop_bio_set_dev(struct bio *bio, struct block_device *bdev);

@@ -20,6 +20,7 @@ extern "C" {
     pub(super) static dtloop_bioset_need_bvecs: u32;
     pub(super) static dtloop_gd_suppress_part_scan: u32;
     pub(super) static dtloop_gfp_noio: u32;
+    pub(super) static dtloop_gfp_retry_mayfail: u32;
     pub(super) static dtloop_hz: u32;
 
     pub(super) fn dtloop_bio_set_dev(bio: *mut bindings::bio, bdev: *mut bindings::block_device);

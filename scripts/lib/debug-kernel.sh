@@ -13,7 +13,7 @@ debug_kernel() {
     DEBUG_RELEASE=${KERNEL_VERSION%%-*}-dtloop-debug
     if [ ! -e "$DEBUG/ready" ]; then
         take_lock debug-kernel
-        [ -e "$DEBUG/ready" ] || step "debug kernel (about 25 minutes on two cores)" make_debug_kernel
+        [ -e "$DEBUG/ready" ] || step "debug kernel (6 to 25 minutes on two cores)" make_debug_kernel
     fi
     publish_debug_kernel
 }

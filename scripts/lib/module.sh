@@ -60,6 +60,8 @@ make_module() {
     "$runner" make --no-print-directory -C "$source" O="$tree" KERNELRELEASE="$release" M="$REPO" MO="$out" \
         CLIPPY=1 KRUSTFLAGS=-Dwarnings KCFLAGS=-Werror -j"$(nproc)" "$@" modules
     "$runner" bash "$REPO/scripts/lib/check-symbols" "$out/kmod/dtloop.ko" "$tree/Module.symvers"
+    # Debug assertions are there to panic.
+    [ "$flavour" = debug ] || "$runner" bash "$REPO/scripts/lib/check-panics" "$out/kmod/dtloop.ko"
     say "built $out/kmod/dtloop.ko"
 }
 
