@@ -456,10 +456,8 @@ impl Stream {
         if let Some(place) = self.try_reserve(state, request.payload_bytes, false) {
             return Ok(Admitted::Captured(slot, place));
         }
-        let wait = may_wait
-            && state.policy == abi::POLICY_BLOCK
-            && state.consumer
-            && !state.bad_consumer;
+        let wait =
+            may_wait && state.policy == abi::POLICY_BLOCK && state.consumer && !state.bad_consumer;
         if wait {
             // Of a device that is being torn off as well: the caller then fails the change.
             if state.gate.leave(slot) {

@@ -31,7 +31,8 @@ const ORDER_MIN: u32 = 3;
 
 // A bio takes at most `BIO_MAX_VECS` segments: the largest record must fit one, wherever it begins.
 const _: () = assert!(
-    (abi::RECORD_BYTES_MAX as usize >> ORDER_MIN) / PAGE_SIZE + 2 <= bindings::BIO_MAX_VECS as usize
+    (abi::RECORD_BYTES_MAX as usize >> ORDER_MIN) / PAGE_SIZE + 2
+        <= bindings::BIO_MAX_VECS as usize
 );
 
 /// An area of memory.

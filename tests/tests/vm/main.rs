@@ -3,8 +3,10 @@
 //! Stories played on test machines. One file per subject; `tests/README.md` says how to write and run one.
 
 mod boot;
+mod command_refusals;
 mod module_faults;
 mod module_life;
+mod module_memory;
 mod module_ops;
 mod module_order;
 mod module_parity;

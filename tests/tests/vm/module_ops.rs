@@ -3,9 +3,9 @@
 //! Every operation and every shape of it, byte for byte.
 
 use anyhow::Result;
-use dtloop_tests::{Bus, Disk, Kernel, Vm, full_run, patience};
+use dtloop_tests::{Bus, Disk, Kernel, Vm, full_run, patience, wait_until};
 
-use crate::module_rig::{LOOP, Rig, left_out};
+use crate::module_rig::{LOOP, Rig};
 
 /// What every kind of backing device goes through. `$dev` is the loop device.
 const OPERATIONS: &str = "
@@ -73,9 +73,6 @@ fn operations_on(rig: &Rig, node: &str, number: u32) -> Result<()> {
 
 #[test]
 fn every_operation_is_bit_exact() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let disks = Vm::builder("ops")
         .disk(Disk::new("source", 16))
         .disk(Disk::new("large", 16).block_bytes(4096))
@@ -135,9 +132,6 @@ fn odd_shapes_are_bit_exact() -> Result<()> {
 
 #[test]
 fn fio_verifies_what_it_wrote() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let rig = Rig::start("fio", 64)?;
     rig.attach("")?;
     let consumer = rig.drain("")?;
@@ -174,5 +168,73 @@ fn fio_verifies_what_it_wrote() -> Result<()> {
     rig.end_drain(consumer)?;
     rig.same()?;
     rig.detach()?;
+    rig.finish()
+}
+
+/// A write that must not wait is done at once or refused, and one that is refused has changed nothing.
+#[test]
+fn a_write_that_must_not_wait_does_not() -> Result<()> {
+    let builder = Vm::builder("nowait").disk(Disk::new("source", 16));
+    let rig = Rig::with(builder, "--ring 4194304 --policy block")?;
+    let dev = format!("/dev/loop{LOOP}");
+    let back = rig.mapped("source")?;
+    rig.attach_node(&back, LOOP, "")?;
+    let outcome = |at: u64, bytes: u64| {
+        let script = format!("dtscribble nowait {dev} --at {at} --bytes {bytes}");
+        rig.vm.sh_within(patience(10), script)
+    };
+    let sum = |at: u64, bytes: u64| {
+        rig.vm.sh(format!(
+            "dd if={back} iflag=direct,skip_bytes bs={bytes} skip={at} count=1 status=none | md5sum"
+        ))
+    };
+    assert_eq!(outcome(0, 4096)?, "written");
+    assert_eq!(outcome(8192, 512)?, "written");
+    rig.drain_all("")?;
+
+    // Larger than a record: the rest would be refused when the first part is under way.
+    let before = sum(4 << 20, 2 << 20)?;
+    assert_eq!(outcome(4 << 20, 2 << 20)?, "refused");
+    assert_eq!(sum(4 << 20, 2 << 20)?, before);
+
+    // Over a change in flight.
+    let retries = rig.count(LOOP, "nowait_retries")?;
+    rig.vm.sh("dmsetup suspend --noflush --nolockfs back")?;
+    let stuck = rig.vm.spawn(format!(
+        "exec dd if=/dev/urandom of={dev} bs=8k seek=128 count=1 oflag=direct status=none"
+    ))?;
+    wait_until("a write in flight", patience(20), || {
+        Ok(rig.count(LOOP, "in_flight")? > 0)
+    })?;
+    assert_eq!(outcome((1 << 20) + 4096, 4096)?, "refused");
+    assert!(rig.count(LOOP, "nowait_retries")? > retries);
+    rig.vm.sh("dmsetup resume back")?;
+    stuck.finish(patience(20))?;
+    assert_eq!(outcome((1 << 20) + 4096, 4096)?, "written");
+    rig.drain_all("")?;
+    rig.same()?;
+
+    // With a full ring.
+    let holder = rig.drain("--hold")?;
+    wait_until("the consumer", patience(10), || {
+        Ok(rig.get("set", "consumer")? == "true")
+    })?;
+    let writer = rig.vm.spawn(format!(
+        "exec dd if=/dev/urandom of={dev} bs=64k count=256 oflag=direct status=none"
+    ))?;
+    wait_until("a full ring", patience(30), || {
+        Ok(rig.count("set", "used_bytes")? == 4 << 20)
+    })?;
+    let before = sum(12 << 20, 4096)?;
+    assert_eq!(outcome(12 << 20, 4096)?, "refused");
+    assert_eq!(sum(12 << 20, 4096)?, before);
+    holder.kill(9)?;
+    holder.wait(patience(20))?;
+    writer.finish(patience(30))?;
+    assert_eq!(outcome(12 << 20, 4096)?, "written");
+    rig.drain_all("--resync")?;
+    rig.same()?;
+    rig.detach()?;
+    rig.vm.sh("dmsetup remove --retry back")?;
     rig.finish()
 }

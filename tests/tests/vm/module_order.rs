@@ -5,7 +5,7 @@
 use anyhow::Result;
 use dtloop_tests::{Disk, Job, Vm, full_run, patience, wait_until};
 
-use crate::module_rig::{LOOP, Rig, left_out, report};
+use crate::module_rig::{LOOP, Rig, report};
 
 /// Starts the writer of stamped sectors; its log comes when it is told to end.
 fn stamp(rig: &Rig, devices: &str, options: &str) -> Result<Job> {
@@ -31,9 +31,6 @@ fn end(writer: Job) -> Result<()> {
 
 #[test]
 fn every_state_of_the_replica_is_a_legal_prefix() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let rig = Rig::start("prefix", 8)?;
     rig.attach("")?;
     let cuts = if full_run() { 30 } else { 5 };
@@ -59,9 +56,6 @@ fn every_state_of_the_replica_is_a_legal_prefix() -> Result<()> {
 /// The canary: a consumer that leaves a record out must not pass.
 #[test]
 fn a_broken_order_is_found() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let rig = Rig::start("broken", 8)?;
     rig.attach("")?;
     let seeds = if full_run() { 10 } else { 3 };
@@ -88,9 +82,6 @@ fn a_broken_order_is_found() -> Result<()> {
 
 #[test]
 fn order_holds_across_the_devices_of_a_set() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let disks = Vm::builder("across")
         .disk(Disk::new("source", 8))
         .disk(Disk::new("second", 4));

@@ -5,13 +5,10 @@
 use anyhow::Result;
 use dtloop_tests::{Disk, Kernel, Vm, full_run, patience};
 
-use crate::module_rig::{LOOP, Rig, left_out};
+use crate::module_rig::{LOOP, Rig};
 
 #[test]
 fn the_usual_tools_work_on_it() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let rig = Rig::start("tools", 32)?;
     let vm = &rig.vm;
     let node = vm.device("source")?;
@@ -111,9 +108,6 @@ fn the_usual_tools_work_on_it() -> Result<()> {
 
 #[test]
 fn parts_of_a_disk_are_attached_and_grow() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let disks = Vm::builder("parts")
         .disk(Disk::new("source", 16))
         .disk(Disk::new("large", 16).block_bytes(4096));
@@ -242,9 +236,6 @@ fn parts_of_a_disk_are_attached_and_grow() -> Result<()> {
 
 #[test]
 fn file_systems_are_the_same_on_both_sides() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let stock = Kernel::of_run() == Kernel::Stock;
     let rig = Rig::start("fs", if stock { 320 } else { 64 })?;
     rig.attach("")?;
@@ -289,9 +280,6 @@ fn file_systems_are_the_same_on_both_sides() -> Result<()> {
 
 #[test]
 fn stock_loop_devices_work_beside_it() -> Result<()> {
-    if left_out() {
-        return Ok(());
-    }
     let rig = Rig::start("beside", 8)?;
     rig.vm
         .sh("modprobe loop && truncate -s 1M /tmp/file && udevadm settle")?;

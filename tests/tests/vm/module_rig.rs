@@ -3,17 +3,11 @@
 //! What the stories of the module share: a machine with the module loaded and a set named `set`.
 
 use anyhow::{Context, Result, bail};
-use dtloop_tests::{Builder, Disk, Job, Kernel, Vm, full_run, note, patience};
+use dtloop_tests::{Builder, Disk, Job, Kernel, Vm, note, patience};
 use serde_json::Value;
 
 /// Number of the loop device that most stories use.
 pub(crate) const LOOP: u32 = 101;
-
-/// Whether a story is left out here: the debug kernel takes minutes where the other one takes seconds, so that without
-/// `full` it plays only the stories in which tasks, interrupts and memory meet.
-pub(crate) fn left_out() -> bool {
-    Kernel::of_run() == Kernel::Debug && !full_run()
-}
 
 /// A machine with the module, and the set `set` on it.
 pub(crate) struct Rig {
@@ -55,6 +49,15 @@ impl Rig {
                 "dtctl attach {node} --set set --number {number} {options} && udevadm settle"
             ))
             .map(drop)
+    }
+
+    /// Puts a device-mapper device `back` over the disk with this serial; gives its node.
+    pub(crate) fn mapped(&self, serial: &str) -> Result<String> {
+        let node = self.vm.device(serial)?;
+        self.vm.sh(format!(
+            "dmsetup create back --table \"0 $(blockdev --getsz {node}) linear {node} 0\" && udevadm settle"
+        ))?;
+        Ok("/dev/mapper/back".to_owned())
     }
 
     /// Detaches the usual loop device, when udev has looked at it.

@@ -117,6 +117,43 @@ fn a_mirror_survives_its_daemons() -> Result<()> {
     rig.finish()
 }
 
+/// What the target's disk lost on the way from the page cache is written again, not taken for written.
+#[test]
+fn a_failing_target_disk_loses_nothing() -> Result<()> {
+    let rig = Rig::alone_with_copy_disk(32)?;
+    rig.begin("")?;
+    let syncs = rig.counter("syncs")?;
+    let load = rig.load(40)?;
+    let node = rig.target().device("copy")?;
+    for round in 0..3 {
+        rig.target().sh(
+            "dmsetup load copy --table \"0 $(blockdev --getsz /dev/mapper/copy) error\"; dmsetup resume copy --noflush --nolockfs",
+        )?;
+        rig.write(round * 8, 4)?;
+        rig.target().wait_sh(
+            patience(60),
+            &format!("[ $(grep -c 'cannot be used' /var/log/dttarget.log) -gt {round} ]"),
+        )?;
+        ensure!(!rig.dtloop("status --check")?.ok(), "nothing is said");
+        rig.target().sh(format!(
+            "dmsetup load copy --table \"0 $(blockdev --getsz /dev/mapper/copy) linear {node} 0\"; dmsetup resume copy --noflush --nolockfs"
+        ))?;
+        rig.wait()?;
+    }
+    rig.end_load(load)?;
+    // Durable in the volume, too.
+    rig.stop_target()?;
+    rig.start_target()?;
+    rig.same()?;
+    ensure!(
+        rig.counter("syncs")? == syncs,
+        "it was mirrored again: {}",
+        rig.agent_log()?
+    );
+    rig.target().allow("I/O error");
+    rig.finish()
+}
+
 /// What the target holds after it was killed at any moment is a state that the device was in.
 #[test]
 fn a_killed_target_holds_a_prefix() -> Result<()> {

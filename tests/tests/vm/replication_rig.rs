@@ -30,6 +30,20 @@ impl Rig {
         Self::configure(source, None, mib)
     }
 
+    /// Both on one machine, and the copy on a device-mapper device `copy` that a story may let fail.
+    pub(crate) fn alone_with_copy_disk(mib: u64) -> Result<Self> {
+        let source = Vm::builder("both")
+            .disk(Disk::new("disk", mib))
+            .disk(Disk::new("copy", mib))
+            .start()?;
+        let node = source.device("copy")?;
+        source.sh(format!(
+            "dmsetup create copy --table \"0 $(blockdev --getsz {node}) linear {node} 0\"; udevadm settle
+             mkdir -p /srv; ln -s /dev/mapper/copy {IMAGE}"
+        ))?;
+        Self::configure(source, None, mib)
+    }
+
     /// Two machines.
     pub(crate) fn pair(mib: u64) -> Result<Self> {
         let link = Link::new("source", "target")?;

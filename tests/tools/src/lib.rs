@@ -8,10 +8,12 @@
 //! - `dtscribble`: odd I/O: buffers that change in flight, strange shapes, overlaps.
 
 pub mod compare;
+pub mod detach;
 pub mod direct;
 pub mod drain;
 pub mod hostile;
 pub mod random;
 pub mod replica;
 pub mod stamp;
+pub mod starve;
 pub mod stop;

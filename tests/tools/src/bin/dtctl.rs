@@ -12,8 +12,8 @@ use dtloop_abi::{
     AttachRequest, Backing, CaptureStream, Control, LoopControl, Name, Stream, StreamRequest, raw,
 };
 use dtloop_tools::compare::compare;
-use dtloop_tools::hostile;
-use dtloop_tools::stop;
+use dtloop_tools::detach::detach;
+use dtloop_tools::{hostile, starve, stop};
 use nix::sys::stat::fstat;
 use serde_json::{Value, json};
 
@@ -69,6 +69,8 @@ enum Command {
     },
     /// Ask for what must be refused; fails when anything is not
     Hostile { set: String, device: PathBuf },
+    /// Let one allocation after the other fail in every call that makes something (debug kernel)
+    Starve { set: String, device: PathBuf },
     /// Make (or remove) an unbound stock loop device
     Stock {
         number: u32,
@@ -193,6 +195,7 @@ fn main() -> Result<()> {
             println!("{} bytes identical", found.bytes);
         }
         Command::Hostile { set, device } => hostile::run(&set, &device)?,
+        Command::Starve { set, device } => starve::run(&set, &device)?,
         Command::Stock { number, remove } => {
             let control = LoopControl::open()?;
             if remove {
@@ -263,15 +266,7 @@ fn cycle(set: &str, device: &std::path::Path, times: u32, number: u32) -> Result
             partscan: false,
         };
         control.attach(&request)?;
-        // udev looks at the new disk: its visit is over soon.
-        let mut tries = 0;
-        while let Err(error) = control.detach(number, false) {
-            tries += 1;
-            if tries > 10_000 || !error.is(nix::errno::Errno::EBUSY) {
-                return Err(error.into());
-            }
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        detach(&control, number)?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Args, Parser};
 use dtloop_tools::direct::{Aligned, open_write, size};
 use dtloop_tools::random::Random;
@@ -26,6 +26,18 @@ enum Command {
     Shapes(Common),
     /// Several threads write the same blocks at the same time
     Overlap(Common),
+    /// One write that must not wait (RWF_NOWAIT); says what became of it: "written" or "refused"
+    Nowait(Nowait),
+}
+
+#[derive(Args, Debug)]
+struct Nowait {
+    device: PathBuf,
+    /// Byte of the device
+    #[arg(long, default_value_t = 0)]
+    at: u64,
+    #[arg(long, default_value_t = 4096)]
+    bytes: usize,
 }
 
 #[derive(Args, Debug)]
@@ -45,6 +57,7 @@ fn main() -> Result<()> {
         Command::Scribble(args) => scribble(&args),
         Command::Shapes(args) => shapes(&args),
         Command::Overlap(args) => overlap(&args),
+        Command::Nowait(args) => nowait(&args),
     }
 }
 
@@ -244,6 +257,30 @@ impl Shapes {
         );
         Ok(())
     }
+}
+
+fn nowait(args: &Nowait) -> Result<()> {
+    let file = open_write(&args.device, 0)?;
+    let mut memory = Aligned::new(args.bytes, 4096);
+    Random::new(7).fill(&mut memory);
+    let piece = IoSlice::new(&memory);
+    // SAFETY: An `IoSlice` is an `iovec`; it and the memory behind it outlive the call, which only reads them.
+    let count = unsafe {
+        libc::pwritev2(
+            file.as_raw_fd(),
+            (&raw const piece).cast(),
+            1,
+            libc::off_t::try_from(args.at)?,
+            libc::RWF_NOWAIT,
+        )
+    };
+    match Errno::result(count) {
+        Ok(count) if usize::try_from(count) == Ok(args.bytes) => println!("written"),
+        Ok(count) => bail!("short write of {count} bytes"),
+        Err(Errno::EAGAIN) => println!("refused"),
+        Err(errno) => return Err(errno).context("pwritev2"),
+    }
+    Ok(())
 }
 
 fn overlap(args: &Common) -> Result<()> {

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Lets one allocation after the other fail, in every call that makes something: nothing may be left half-made.
+//!
+//! The kernel counts a task's allocations down from a number that the task sets for itself
+//! (`Documentation/fault-injection/fault-injection.rst`, `fail-nth`), and lets the one fail at which it gets to 0. So for
+//! each call the first allocation fails, then only the second one, and so on, until the call needs no more of them.
+
+use std::fs;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use dtloop_abi::{
+    AttachRequest, Backing, CaptureStream, Control, Name, Stream, StreamRequest, SyncRequest,
+};
+
+use crate::detach::detach;
+
+/// Loop number of the device that is attached again and again.
+const NUMBER: u32 = 222;
+
+/// A call with more allocations than this has a loop in it.
+const MOST: u32 = 5000;
+
+/// Where the current task tells the kernel which of its allocations shall fail.
+const FAIL_NTH: &str = "/proc/thread-self/fail-nth";
+
+/// Runs `call` with its `nth` allocation failing; also whether there was such an allocation.
+fn with_failure<T>(nth: u32, call: impl FnOnce() -> T) -> Result<(T, bool)> {
+    fs::write(FAIL_NTH, nth.to_string())
+        .with_context(|| format!("{FAIL_NTH}: this kernel injects no faults"))?;
+    let outcome = call();
+    let left = fs::read_to_string(FAIL_NTH)?;
+    fs::write(FAIL_NTH, "0")?;
+    Ok((outcome, left.trim() == "0"))
+}
+
+/// Repeats `call` until it got by without a failure; `undo` takes back what it made, `unchanged` checks that a call that
+/// failed has made nothing. Gives how many allocations it has.
+fn starve<T>(
+    what: &str,
+    mut call: impl FnMut() -> dtloop_abi::Result<T>,
+    mut undo: impl FnMut(T) -> Result<()>,
+    mut unchanged: impl FnMut() -> Result<bool>,
+) -> Result<u32> {
+    for nth in 1..MOST {
+        let (outcome, failed) = with_failure(nth, &mut call)?;
+        let made = match outcome {
+            Ok(made) => {
+                undo(made).with_context(|| format!("{what}, allocation {nth}"))?;
+                true
+            }
+            // Whatever the error is, it must not come by itself.
+            Err(error) => {
+                ensure!(failed, "{what} fails without cause: {error}");
+                false
+            }
+        };
+        ensure!(
+            unchanged()?,
+            "{what} has left something behind when allocation {nth} failed"
+        );
+        if !failed {
+            ensure!(made && nth > 1, "{what} allocates nothing");
+            return Ok(nth - 1);
+        }
+    }
+    bail!("{what} has more than {MOST} allocations")
+}
+
+/// Lets every allocation of every call fail: for a set without devices and a block device that is not attached.
+pub fn run(set: &str, device: &Path) -> Result<()> {
+    let control = Control::open()?;
+    let stream_id = control
+        .stream_by_name(set)?
+        .context("no such set")?
+        .stream_id;
+    let request = StreamRequest {
+        name: Name::new("starved")?,
+        payload_bytes: 4 << 20,
+        desc_count: 0,
+        policy: 0,
+    };
+    let creating = starve(
+        "creating a set",
+        || control.create_stream(&request),
+        |id| Ok(control.destroy_stream(id, false)?),
+        || Ok(control.stream_by_name("starved")?.is_none()),
+    )?;
+    let opening = starve(
+        "opening a stream",
+        || Stream::open(stream_id),
+        |stream| {
+            drop(stream);
+            Ok(())
+        },
+        || Ok(control.stream_by_name(set)?.is_some()),
+    )?;
+    let file = File::open(device)?;
+    let request = AttachRequest {
+        backing: Backing::Fd(file.as_fd()),
+        offset_bytes: 0,
+        limit_bytes: 0,
+        number: Some(NUMBER),
+        stream_id,
+        label: Name::EMPTY,
+        read_only: false,
+        partscan: false,
+    };
+    let nothing = || Ok(control.devices().next().is_none());
+    let attaching = starve(
+        "attaching",
+        || control.attach(&request),
+        |_| detach(&control, NUMBER),
+        nothing,
+    )?;
+
+    let attached = control.attach(&request)?;
+    let stream = Stream::open(stream_id)?;
+    let sync = SyncRequest {
+        device_id: attached.device_id,
+        start_sector: 0,
+        sectors: 2048,
+        chunk_bytes: 64 << 10,
+        cookie: 1,
+        clear: false,
+    };
+    let sync = starve(
+        "SYNC",
+        || stream.sync(&sync),
+        |_| {
+            stream.ring().release(stream.ring().committed())?;
+            stream.kick()?;
+            Ok(())
+        },
+        || Ok(true),
+    )?;
+    drop(stream);
+    let detaching = starve(
+        "detaching",
+        || control.detach(NUMBER, false),
+        |()| {
+            control.attach(&request)?;
+            Ok(())
+        },
+        || Ok(control.devices().next().is_some()),
+    )?;
+    detach(&control, NUMBER)?;
+    println!(
+        "allocations: {creating} creating a set, {opening} opening it, {attaching} attaching, {sync} SYNC, {detaching} detaching"
+    );
+    Ok(())
+}
