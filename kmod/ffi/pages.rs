@@ -29,6 +29,9 @@ const ORDER_MAX: u32 = 9;
 /// allocator still makes an effort (`PAGE_ALLOC_COSTLY_ORDER`).
 const ORDER_MIN: u32 = 3;
 
+/// An area may take at most this part of what the system could give without swapping: one half.
+const AVAILABLE_SHARE: usize = 2;
+
 // A bio takes at most `BIO_MAX_VECS` segments: the largest record must fit one, wherever it begins.
 const _: () = assert!(
     (abi::RECORD_BYTES_MAX as usize >> ORDER_MIN) / PAGE_SIZE + 2
@@ -54,12 +57,17 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    /// Allocates `bytes` bytes, rounded up to whole pieces, all zero. `ENOMEM` when there is not so
-    /// much memory: nobody is killed for it.
+    /// Allocates `bytes` bytes, rounded up to whole pieces, all zero. `ENOMEM` when there is not
+    /// twice as much memory to be had: nobody is killed for it.
     ///
     /// Must not be called from atomic context.
     pub(crate) fn new(bytes: usize) -> Result<Self> {
         let pages = bytes.div_ceil(PAGE_SIZE).max(1);
+        // Who takes the last page before he fails has others killed for want of one.
+        // SAFETY: Reads the kernel's own statistics.
+        if pages > unsafe { shim::dtloop_available_pages() } / AVAILABLE_SHARE {
+            return Err(ENOMEM);
+        }
         let mut order = ORDER_MAX.min(pages.ilog2());
         loop {
             match Self::with_order(pages, order) {

@@ -185,6 +185,11 @@ struct page *dtloop_virt_to_page(const void *address)
 	return virt_to_page(address);
 }
 
+size_t dtloop_available_pages(void)
+{
+	return max(si_mem_available(), 0L);
+}
+
 dev_t dtloop_mkdev(unsigned int major, unsigned int minor)
 {
 	return MKDEV(major, minor);

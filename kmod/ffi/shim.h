@@ -49,6 +49,7 @@ bool dtloop_waitqueue_active(struct wait_queue_head *head);
 unsigned int dtloop_iminor(struct inode *inode);
 int dtloop_bdev_name(struct block_device *bdev, char *name, size_t bytes);
 struct page *dtloop_virt_to_page(const void *address);
+size_t dtloop_available_pages(void);
 dev_t dtloop_mkdev(unsigned int major, unsigned int minor);
 
 #endif

@@ -59,5 +59,6 @@ extern "C" {
         bytes: usize,
     ) -> c_int;
     pub(super) fn dtloop_virt_to_page(address: *const c_void) -> *mut bindings::page;
+    pub(super) fn dtloop_available_pages() -> usize;
     pub(super) fn dtloop_mkdev(major: c_uint, minor: c_uint) -> bindings::dev_t;
 }

@@ -6,8 +6,8 @@ use anyhow::{Result, ensure};
 use dtloop_tests::{Disk, Vm};
 
 /// What must be as before after a refusal.
-const STATE: &str = "ls /sys/block /dev/dtloop-* 2>/dev/null; dtloop status --json 2>/dev/null | jq -c '[.sets[] | [.name, [.devices[].loop]]]'; \
-                     ls /run/dtloop/stock-loops 2>/dev/null || true";
+const STATE: &str = "ls /sys/block /dev/dtloop-* /run/dtloop/stock-loops 2>/dev/null || true
+    (dtloop status --json 2>/dev/null || true) | jq -c '[.sets[] | [.name, [.devices[].loop]]]'";
 
 struct Rig {
     vm: Vm,
@@ -88,11 +88,7 @@ fn what_can_not_be_attached_is_refused_and_nothing_changes() -> Result<()> {
     window(&large, "--size-limit 512", &["limit", "multiple", "4096"])?;
 
     // More than there is memory for: an error, and nobody is killed for it.
-    rig.refused(
-        &format!("attach {disk} --ring-size 2G"),
-        1,
-        &["memory", "2 GiB"],
-    )?;
+    rig.refused(&format!("attach {disk} --ring-size 2G"), 7, &["default", "memory", "smaller"])?;
 
     // In use.
     vm.sh(format!("mkfs.ext4 -q {disk}; mount {disk} /mnt"))?;
@@ -167,7 +163,7 @@ fn what_can_not_be_attached_is_refused_and_nothing_changes() -> Result<()> {
     )?;
     vm.sh("mkfs.ext4 -q /dev/loop1; mount /dev/loop1 /mnt")?;
     rig.refused("detach 1", 7, &["/mnt"])?;
-    rig.refused("resize 1 --size-limit 8M", 7, &["loop1"])?;
+    rig.refused("resize 1 --size-limit 8M", 7, &["/dev/loop1", "shrink"])?;
     rig.refused("set default --remove", 7, &["default"])?;
     vm.sh("umount /mnt; udevadm settle; dtloop detach 1; dtloop set default --remove --discard-records || true")?;
     vm.sh("losetup -d /dev/loop3; [ -b /dev/loop1 ]; rmmod dtloop")?;

@@ -123,34 +123,38 @@ fn a_failing_target_disk_loses_nothing() -> Result<()> {
     let rig = Rig::alone_with_copy_disk(32)?;
     rig.begin("")?;
     let syncs = rig.counter("syncs")?;
-    let load = rig.load(40)?;
     let node = rig.target().device("copy")?;
+    let swap = |table: &str| {
+        rig.target().sh(format!(
+            "dmsetup load copy --table \"0 $(blockdev --getsz {node}) {table}\"; dmsetup resume copy --noflush --nolockfs"
+        ))
+    };
     for round in 0..3 {
-        rig.target().sh(
-            "dmsetup load copy --table \"0 $(blockdev --getsz /dev/mapper/copy) error\"; dmsetup resume copy --noflush --nolockfs",
-        )?;
+        // Whole pages stay in the page cache and fail at the checkpoint; others fail when they are written.
+        let load = (round == 2).then(|| rig.load(40)).transpose()?;
+        swap("error")?;
         rig.write(round * 8, 4)?;
         rig.target().wait_sh(
             patience(60),
             &format!("[ $(grep -c 'cannot be used' /var/log/dttarget.log) -gt {round} ]"),
         )?;
         ensure!(!rig.dtloop("status --check")?.ok(), "nothing is said");
-        rig.target().sh(format!(
-            "dmsetup load copy --table \"0 $(blockdev --getsz /dev/mapper/copy) linear {node} 0\"; dmsetup resume copy --noflush --nolockfs"
-        ))?;
+        swap(&format!("linear {node} 0"))?;
+        rig.wait_state("in-sync")?;
         rig.wait()?;
+        if let Some(load) = load {
+            rig.end_load(load)?;
+        }
+        // What is durable in the volume, not what is in the page cache.
+        rig.stop_target()?;
+        rig.start_target()?;
+        rig.same()?;
     }
-    rig.end_load(load)?;
-    // Durable in the volume, too.
-    rig.stop_target()?;
-    rig.start_target()?;
-    rig.same()?;
     ensure!(
         rig.counter("syncs")? == syncs,
         "it was mirrored again: {}",
         rig.agent_log()?
     );
-    rig.target().allow("I/O error");
     rig.finish()
 }
 

@@ -110,6 +110,9 @@ impl Operation {
             (_, Errno::ENOTTY) => {
                 Some("the module does not know this request; install matching versions")
             }
+            (Self::StreamCreate, Errno::ENOMEM) => Some(
+                "the ring would take more than half of the available memory; choose a smaller one",
+            ),
             (_, Errno::ENOMEM) => Some("the kernel has not enough free memory"),
             (_, Errno::ENODEV) => Some("the device vanished"),
             (Self::StreamCreate, e) => Self::stream_create(e),

@@ -306,6 +306,9 @@ impl Worker {
                 self.memory.job = Some(planner.state().clone());
             }
         }
+        // A mirror that has come to rest is not waited for: its place must be found again.
+        let rests = |planner: &Planner| planner.state().paused && planner.in_flight() == 0;
+        let now = now || self.planner.as_ref().is_some_and(rests);
         if self.memory == self.persisted || (!now && self.persisted_at.elapsed() < PERSIST_EVERY) {
             return;
         }

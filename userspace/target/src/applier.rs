@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use dtloop_core::apply::{Action, action};
 use dtloop_core::binding::{Refusal, check_label};
+use dtloop_core::journal::SEGMENT_HEADER_BYTES;
 use dtloop_core::set::{Admission, SetState};
 use dtloop_proto::message::{
     DeviceOffer, Hello, Marker, Mismatch, Notice, Verified, VolumeReport, Volumes,
@@ -124,12 +125,20 @@ pub struct Flags {
     pub abandon: AtomicBool,
 }
 
+impl Flags {
+    fn must_end(&self) -> bool {
+        self.stop.load(Ordering::Relaxed) || self.abandon.load(Ordering::Relaxed)
+    }
+}
+
 /// See the module documentation.
 pub struct Applier {
     dir: PathBuf,
     state: SetState,
     checkpoint: Position,
     applied: Position,
+    /// Segment of the first batch applied since the checkpoint.
+    first_segment: Option<u64>,
     volumes: HashMap<u32, Volume>,
     catalog: Arc<Catalog>,
     outlet: Arc<Outlet>,
@@ -186,6 +195,7 @@ impl Applier {
             state: saved.state,
             checkpoint: saved.checkpoint,
             applied: saved.checkpoint,
+            first_segment: None,
             volumes: HashMap::new(),
             catalog,
             outlet,
@@ -320,11 +330,15 @@ impl Applier {
                     durable_seq,
                     reply,
                 }) => {
+                    // Volumes may be closed now: what was written to them must be durable, and what is
+                    // written again later must find them as they are.
+                    self.checkpoint()?;
                     let entered = self.enter(&hello, durable_seq);
                     self.checkpoint()?;
                     let _ = reply.send(entered);
                 }
                 Ok(Command::Bind(offer)) => {
+                    self.checkpoint()?;
                     self.bind(&offer, std::slice::from_ref(&offer));
                     self.checkpoint()?;
                     self.report_volumes();
@@ -355,19 +369,26 @@ impl Applier {
 
     /// Makes the volumes durable, then the state, and frees the journal before it.
     fn checkpoint(&mut self) -> Result<(), OpenError> {
-        for device in self.volumes.keys().copied().collect::<Vec<_>>() {
-            self.until_it_works(device, |volume, _| volume.sync());
+        while let Some((name, error)) = self.sync_volumes() {
+            self.complain(&name, &error);
+            if self.flags.must_end() {
+                // The old checkpoint stays, and the journal behind it.
+                return Ok(());
+            }
+            std::thread::sleep(RETRY_AFTER);
+            self.write_again()?;
         }
         if self.is_ending() {
-            // A volume could not be made durable: the old checkpoint stays.
             return Ok(());
         }
+        self.relent();
         let saved = Saved {
             state: self.state.clone(),
             checkpoint: self.applied,
         };
         state_file::store(&self.dir.join("state"), &saved)?;
         self.checkpoint = self.applied;
+        self.first_segment = None;
         self.horizon.advance(self.applied);
         self.dirty_since = None;
         self.bytes_since = 0;
@@ -380,8 +401,63 @@ impl Applier {
         Ok(())
     }
 
+    /// Makes all volumes durable; gives the first that fails.
+    fn sync_volumes(&mut self) -> Option<(String, io::Error)> {
+        self.volumes.values_mut().find_map(|volume| {
+            let error = volume.sync().err()?;
+            Some((volume.name().to_owned(), error))
+        })
+    }
+
+    /// Writes all records since the checkpoint again.
+    ///
+    /// A page that could not be written is reported by one fdatasync and counts as clean from then on: the next one
+    /// succeeds, and the page is lost when it leaves the cache. So a failed fdatasync takes back everything since
+    /// the last one that succeeded, and the journal has all of it: it is freed only behind a checkpoint. The volume goes
+    /// through the states it had since then once more, as in the replay after a crash.
+    fn write_again(&mut self) -> Result<(), OpenError> {
+        let Some(segment) = self.first_segment else {
+            return Ok(());
+        };
+        // From there on all segments are in use; before it there may be files that wait to be used again.
+        let mut at = if segment == self.checkpoint.segment {
+            self.checkpoint
+        } else {
+            Position {
+                segment,
+                offset: SEGMENT_HEADER_BYTES as u64,
+            }
+        };
+        let mut replay = Replay::new(&self.dir.join("journal"), self.state.source_id, at)?;
+        while at < self.applied && !self.is_ending() {
+            let gone = || io::Error::other("what was applied since the checkpoint is not in it");
+            let replayed = replay.next_batch()?.ok_or_else(gone)?;
+            let mut batch = Batch {
+                buffer: replayed.frames,
+                ..Batch::default()
+            };
+            let first_seq = replayed.header.first_seq;
+            if !parse_batch(&mut batch, replayed.header.digest, first_seq) {
+                return Err(gone().into());
+            }
+            for item in &batch.items {
+                if let Item::Record {
+                    kind,
+                    body,
+                    payload: (start, end),
+                    ..
+                } = item
+                {
+                    self.change_volume(body, &action(*kind, body, &batch.buffer[*start..*end]));
+                }
+            }
+            at = replayed.end;
+        }
+        Ok(())
+    }
+
     fn is_ending(&self) -> bool {
-        self.complained && self.flags.stop.load(Ordering::Relaxed)
+        self.complained && self.flags.must_end()
     }
 
     fn enter(&mut self, hello: &Hello, durable_seq: u64) -> Result<Entered, Refusal> {
@@ -486,6 +562,7 @@ impl Applier {
             }
         }
         self.applied = batch.end;
+        self.first_segment.get_or_insert(batch.end.segment);
         self.bytes_since += batch.bytes;
         self.dirty_since.get_or_insert_with(Instant::now);
         let (seq, journal_bytes) = (self.state.applied_seq, self.bytes_since);
@@ -513,12 +590,7 @@ impl Applier {
             return;
         }
         match action {
-            Action::Write { offset, data } => {
-                self.until_it_works(body.device, |volume, _| volume.write(offset, data));
-            }
-            Action::Zero { offset, bytes } => {
-                self.until_it_works(body.device, |volume, _| volume.zero(offset, bytes));
-            }
+            Action::Write { .. } | Action::Zero { .. } => self.change_volume(body, &action),
             // After a crash the volume may be ahead of this position: the source asks again.
             Action::Compare { .. } if self.replaying => {}
             Action::Compare {
@@ -537,6 +609,19 @@ impl Applier {
                 self.note_compared(seq, body, equal);
             }
             Action::Nothing => {}
+        }
+    }
+
+    /// What a record does to the content of its volume.
+    fn change_volume(&mut self, body: &RecordBody, action: &Action<'_>) {
+        match *action {
+            Action::Write { offset, data } => {
+                self.until_it_works(body.device, |volume, _| volume.write(offset, data));
+            }
+            Action::Zero { offset, bytes } => {
+                self.until_it_works(body.device, |volume, _| volume.zero(offset, bytes));
+            }
+            Action::Compare { .. } | Action::Nothing => {}
         }
     }
 
@@ -584,39 +669,47 @@ impl Applier {
         device: u32,
         mut run: impl FnMut(&mut Volume, &mut Vec<u8>) -> io::Result<()>,
     ) {
-        let Some(volume) = self.volumes.get_mut(&device) else {
-            return;
-        };
-        loop {
-            let error = match run(volume, &mut self.scratch) {
-                Ok(()) => break,
-                Err(error) => error,
+        let mut failed = false;
+        while let Some(volume) = self.volumes.get_mut(&device) {
+            let Err(error) = run(volume, &mut self.scratch) else {
+                break;
             };
-            let code = match error.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::VOLUME_FULL,
-                _ => Code::VOLUME_IO,
-            };
-            if !std::mem::replace(&mut self.complained, true) {
-                let text = format!(
-                    "Volume \"{}\" cannot be used: {error}; it is tried again every second, nothing is lost",
-                    volume.name()
-                );
-                tracing::error!("{text}.");
-                self.outlet.send(&Message::Notice(Notice { code, text }));
-            }
-            if self.flags.stop.load(Ordering::Relaxed) || self.flags.abandon.load(Ordering::Relaxed)
-            {
+            failed = true;
+            let name = volume.name().to_owned();
+            self.complain(&name, &error);
+            if self.flags.must_end() {
                 return;
             }
             std::thread::sleep(RETRY_AFTER);
         }
+        if failed {
+            self.relent();
+        }
+    }
+
+    /// Tells, once, that a volume fails.
+    fn complain(&mut self, name: &str, error: &io::Error) {
+        if std::mem::replace(&mut self.complained, true) {
+            return;
+        }
+        let code = match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::VOLUME_FULL,
+            _ => Code::VOLUME_IO,
+        };
+        let text = format!(
+            "Volume \"{name}\" cannot be used: {error}; it is tried again every second, nothing is lost"
+        );
+        tracing::error!("{text}.");
+        self.outlet.send(&Message::Notice(Notice { code, text }));
+    }
+
+    /// Tells that the volumes work again, if it was told that one does not.
+    fn relent(&mut self) {
         if std::mem::replace(&mut self.complained, false) {
-            let text = format!("Volume \"{}\" can be used again", volume.name());
+            let text = "The volumes can be used again".to_owned();
             tracing::info!("{text}.");
-            self.outlet.send(&Message::Notice(Notice {
-                code: Code::OK,
-                text,
-            }));
+            let code = Code::OK;
+            self.outlet.send(&Message::Notice(Notice { code, text }));
         }
     }
 }
@@ -717,45 +810,96 @@ mod tests {
         Arc::new(Catalog::new(dir, vec![volume]))
     }
 
-    fn replay(dir: &Path, catalog: &Arc<Catalog>) -> u64 {
+    fn load(dir: &Path, catalog: &Arc<Catalog>) -> Applier {
         let (outlet, horizon, flags) = (Arc::default(), Arc::default(), Arc::default());
         let catalog = Arc::clone(catalog);
-        let applier = Applier::load(dir, SOURCE, "db", catalog, outlet, horizon, flags, 1 << 20);
-        applier.unwrap().replay().unwrap()
+        Applier::load(dir, SOURCE, "db", catalog, outlet, horizon, flags, 1 << 20).unwrap()
+    }
+
+    fn replay(dir: &Path, catalog: &Arc<Catalog>) -> u64 {
+        load(dir, catalog).replay().unwrap()
+    }
+
+    fn open_journal(dir: &Path) -> Journal {
+        let config = JournalConfig {
+            size: Size(1 << 20),
+            segment_size: Size(256 << 10),
+        };
+        Journal::open(&dir.join("journal"), config, SOURCE, Arc::default()).unwrap()
+    }
+
+    /// Appends two records, and gives them as a batch that is to be applied.
+    fn append(journal: &mut Journal, first_seq: u64, fills: [u8; 2]) -> Batch {
+        let frames = [frame(first_seq, fills[0]), frame(first_seq + 1, fills[1])];
+        let mut digest = crc32fast::Hasher::new();
+        for frame in &frames {
+            digest.update(&frame[..HEADER_BYTES]);
+        }
+        let digest = digest.finalize();
+        let info = BatchInfo {
+            frames: 2,
+            digest,
+            first_seq,
+            next_seq: first_seq + 2,
+        };
+        let end = journal
+            .append(&[&frames[0], &frames[1]], info, Uuid::NONE)
+            .unwrap();
+        let mut batch = Batch {
+            buffer: frames.concat(),
+            end,
+            ..Batch::default()
+        };
+        assert!(parse_batch(&mut batch, digest, first_seq));
+        batch
+    }
+
+    #[test]
+    fn everything_since_the_checkpoint_can_be_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = prepare(dir.path());
+        // What an earlier use of the journal left: valid, and of no concern.
+        append(&mut open_journal(dir.path()), 1, [8, 9]);
+        let image = || std::fs::read(dir.path().join("vol.img")).unwrap();
+        let sectors = || [1, 2, 3, 4].map(|sector: usize| image()[sector * 512]);
+        let spoil = || std::fs::write(dir.path().join("vol.img"), [0xee; 64 << 10]).unwrap();
+
+        let mut applier = load(dir.path(), &catalog);
+        applier.open_volumes();
+        let mut journal = open_journal(dir.path());
+        applier.write_again().unwrap();
+        for (first_seq, fills) in [(1, [1, 2]), (3, [3, 4])] {
+            applier.apply(&append(&mut journal, first_seq, fills));
+        }
+        spoil();
+        applier.write_again().unwrap();
+        assert_eq!(sectors(), [1, 2, 3, 4]);
+
+        // Behind a checkpoint, only what came since.
+        applier.checkpoint().unwrap();
+        applier.apply(&append(&mut journal, 5, [5, 6]));
+        spoil();
+        applier.write_again().unwrap();
+        assert_eq!(sectors(), [0xee; 4]);
+        assert_eq!((image()[5 * 512], image()[6 * 512]), (5, 6));
+
+        // A journal that does not have it any more is not passed over.
+        std::fs::remove_dir_all(dir.path().join("journal")).unwrap();
+        assert!(applier.write_again().is_err());
     }
 
     #[test]
     fn a_torn_tail_is_cut_and_nothing_acknowledged_is_lost() {
         let dir = tempfile::tempdir().unwrap();
-        let config = JournalConfig {
-            size: Size(1 << 20),
-            segment_size: Size(256 << 10),
-        };
-        let journal_dir = dir.path().join("journal");
         let catalog = prepare(dir.path());
         let state = std::fs::read(dir.path().join("state")).unwrap();
-        let mut journal = Journal::open(&journal_dir, config, SOURCE, Arc::default()).unwrap();
+        let mut journal = open_journal(dir.path());
         let mut last = (Position::default(), Position::default());
         for batch in 0..3 {
-            let frames = [frame(batch * 2 + 1, 1), frame(batch * 2 + 2, 2)];
-            let mut digest = crc32fast::Hasher::new();
-            for frame in &frames {
-                digest.update(&frame[..HEADER_BYTES]);
-            }
-            let (digest, first_seq) = (digest.finalize(), batch * 2 + 1);
-            let info = BatchInfo {
-                frames: 2,
-                digest,
-                first_seq,
-                next_seq: first_seq + 2,
-            };
-            let end = journal
-                .append(&[&frames[0], &frames[1]], info, Uuid::NONE)
-                .unwrap();
-            last = (last.1, end);
+            last = (last.1, append(&mut journal, batch * 2 + 1, [1, 2]).end);
         }
         drop(journal);
-        let segment = journal_dir.join("0000000000000001.seg");
+        let segment = dir.path().join("journal/0000000000000001.seg");
         let file = std::fs::OpenOptions::new()
             .read(true)
             .write(true)

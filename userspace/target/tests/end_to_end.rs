@@ -404,28 +404,3 @@ fn a_small_journal_holds_the_source_back_and_goes_round() {
     assert!(segments <= 3, "{segments} segments");
     agent.stop();
 }
-
-#[test]
-#[ignore = "prints what this machine does; run it with --release, TMPDIR on a RAM disk"]
-fn throughput_of_small_writes() {
-    let lab = Lab::new(8 * SECTORS);
-    let mut agent = lab.start_agent(lab.start_target());
-    agent.request(&mirror(MirrorKind::Full)).unwrap();
-    for bytes in [4096, 131_072] {
-        let payload = random(1, bytes);
-        let began = std::time::Instant::now();
-        let mut written = 0_u64;
-        while began.elapsed() < Duration::from_secs(4) {
-            if lab.stream_has_room(bytes) {
-                lab.write((written * 7919 * 8) % (8 * SECTORS - 256) / 8 * 8, &payload);
-                written += 1;
-            } else {
-                std::thread::yield_now();
-            }
-        }
-        agent.wait_in_sync();
-        let seconds = began.elapsed().as_secs_f64();
-        println!("{bytes} bytes: {:.0} records/s", written as f64 / seconds);
-    }
-    agent.stop();
-}

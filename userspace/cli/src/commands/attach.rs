@@ -123,7 +123,10 @@ impl Stream {
                 let found = control.stream_by_name(args.set.as_str())?.ok_or(error)?;
                 Ok(Self::existing(&found, args)?)
             }
-            Err(error) => Err(error.into()),
+            Err(error) => {
+                let context = format!("set {} was not made", args.set);
+                Err(anyhow::Error::from(error).context(context))
+            }
         }
     }
 

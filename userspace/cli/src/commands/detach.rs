@@ -36,7 +36,8 @@ fn detach(
         if error.is(Errno::EBUSY) {
             return Err(users(&context.system, number).refuse(&device).into());
         }
-        return Err(error.into());
+        let context = format!("{} was not detached", loop_path(number));
+        return Err(anyhow::Error::from(error).context(context));
     }
     let borrowed = Borrowed::new(&context.global.run_dir);
     if let Err(error) = borrowed.give_back(&context.system, number) {

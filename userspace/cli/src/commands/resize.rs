@@ -2,6 +2,7 @@
 
 //! `dtloop resize` and `dtloop set`: changing what is there.
 
+use anyhow::Context as _;
 use dtloop_abi::raw::{self, SECTOR_BYTES};
 use serde_json::json;
 
@@ -20,7 +21,8 @@ pub(crate) fn run(context: &Context<'_>, args: &Resize) -> anyhow::Result<Code> 
         let sectors = patient(
             || control.resize(number, args.size_limit.unwrap_or(0)),
             || users(&context.system, number).is_passing(),
-        )?;
+        )
+        .with_context(|| format!("{} was not resized", loop_path(number)))?;
         Ok((device, sectors))
     })?;
     let (path, bytes) = (loop_path(device.loop_number()), sectors * SECTOR_BYTES);
@@ -50,7 +52,9 @@ pub(crate) fn set(context: &Context<'_>, args: &Set) -> anyhow::Result<Code> {
     })?;
     let name = args.set.as_str();
     if args.remove {
-        control.destroy_stream(stream.stream_id, args.discard_records)?;
+        control
+            .destroy_stream(stream.stream_id, args.discard_records)
+            .with_context(|| format!("set {name} was not removed"))?;
         report(
             context,
             &json!({ "set": name, "removed": true }),
@@ -59,7 +63,9 @@ pub(crate) fn set(context: &Context<'_>, args: &Set) -> anyhow::Result<Code> {
         )?;
     }
     if let Some(policy) = args.policy {
-        control.set_policy(stream.stream_id, policy.to_raw())?;
+        control
+            .set_policy(stream.stream_id, policy.to_raw())
+            .with_context(|| format!("set {name} was not changed"))?;
         let policy = policy_name(policy.to_raw());
         let value = json!({ "set": name, "policy": policy });
         report(context, &value, &format!("policy {policy}"), name)?;

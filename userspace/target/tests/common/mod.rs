@@ -232,13 +232,6 @@ impl Lab {
         })
     }
 
-    /// Whether a write of that size fits without a gap, with some to spare.
-    pub fn stream_has_room(&self, bytes: usize) -> bool {
-        let ring = self.stream.ring();
-        let records = ring.next_seq() - ring.released();
-        records < 900 && (records + 2) * (bytes as u64) < 3 << 20
-    }
-
     pub fn is_dirty(&self) -> bool {
         self.stream
             .devices()
