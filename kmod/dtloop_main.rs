@@ -39,10 +39,11 @@ module! {
 }
 
 /// The loaded module. Its parts go in the order of the fields.
-#[pin_data(PinnedDrop)]
+#[pin_data]
 struct Dtloop {
     #[pin]
     _control: MiscDeviceRegistration<control::ControlFile>,
+    _tables: registry::InUse,
     _work: ffi::work::WorkQueue,
 }
 
@@ -51,19 +52,10 @@ impl kernel::InPlaceModule for Dtloop {
         try_pin_init!(Self {
             _work: {
                 ffi::global::init();
-                let work = ffi::work::WorkQueue::new()?;
-                registry::start(*module_parameters::auto_first.value_ref())?;
-                work
+                ffi::work::WorkQueue::new()?
             },
+            _tables: registry::start(*module_parameters::auto_first.value_ref())?,
             _control <- MiscDeviceRegistration::register(control::options()),
         })
-    }
-}
-
-#[pinned_drop]
-impl PinnedDrop for Dtloop {
-    fn drop(self: Pin<&mut Self>) {
-        // Every stream and every device holds a reference to the module, so none is left.
-        registry::stop();
     }
 }

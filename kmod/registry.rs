@@ -41,8 +41,20 @@ pub(crate) struct Registry {
     auto_first: i32,
 }
 
+/// The tables are in use, for as long as this exists.
+pub(crate) struct InUse(());
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        // The registry is a static, which nobody drops: the memory of its tables goes here, too,
+        // although they are empty, as every stream and every device holds a reference to the module.
+        let tables = with_registry(|registry| core::mem::replace(registry, Registry::new()));
+        drop(tables);
+    }
+}
+
 /// Makes room for the character devices; part of the module's init.
-pub(crate) fn start(auto_first: i32) -> Result {
+pub(crate) fn start(auto_first: i32) -> Result<InUse> {
     if !(0..=abi::LOOP_NUMBER_MAX).contains(&auto_first) {
         pr_err!(
             "auto_first={auto_first} is outside 0..={}\n",
@@ -55,13 +67,7 @@ pub(crate) fn start(auto_first: i32) -> Result {
         registry.nodes = Some(nodes);
         registry.auto_first = auto_first;
     });
-    Ok(())
-}
-
-/// Undoes [`start`].
-pub(crate) fn stop() {
-    let nodes = with_registry(|registry| registry.nodes.take());
-    drop(nodes);
+    Ok(InUse(()))
 }
 
 impl Registry {

@@ -89,6 +89,8 @@ pub(crate) struct Quiesced(());
 /// `free_disk`, when the last opener is gone.
 pub(crate) struct Disk<T: DiskOperations> {
     disk: NonNull<bindings::gendisk>,
+    /// The backing device names it as its holder.
+    linked: bool,
     operations: PhantomData<T>,
 }
 
@@ -153,16 +155,14 @@ impl<T: DiskOperations> Disk<T> {
             }
             return Err(e);
         }
+        // SAFETY: Both devices are valid. Only symbolic links for lsblk: a device without them works.
+        let link = unsafe { bindings::bd_link_disk_holder(options.backing.as_ptr(), disk) };
         // INVARIANT: Just added, with these operations and data.
-        let disk = Self {
+        Ok(Self {
             disk: NonNull::new(disk).ok_or(ENOMEM)?,
+            linked: link == 0,
             operations: PhantomData,
-        };
-        // SAFETY: Both devices are valid. Only a symbolic link for lsblk: no error.
-        unsafe {
-            bindings::bd_link_disk_holder(options.backing.as_ptr(), disk.disk.as_ptr());
-        }
-        Ok(disk)
+        })
     }
 
     /// The backing device's limits as ours.
@@ -277,7 +277,7 @@ impl<T: DiskOperations> Disk<T> {
 
     /// Deletes the disk after [`Disk::claim`]; the proof comes if nobody has it open.
     pub(crate) fn delete(self, backing: &BackingDevice) -> Option<Quiesced> {
-        if backing.is_open() {
+        if self.linked && backing.is_open() {
             // SAFETY: Linked in `add`; both are valid.
             unsafe {
                 bindings::bd_unlink_disk_holder(backing.as_ptr(), self.disk.as_ptr());

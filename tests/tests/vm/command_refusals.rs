@@ -88,7 +88,11 @@ fn what_can_not_be_attached_is_refused_and_nothing_changes() -> Result<()> {
     window(&large, "--size-limit 512", &["limit", "multiple", "4096"])?;
 
     // More than there is memory for: an error, and nobody is killed for it.
-    rig.refused(&format!("attach {disk} --ring-size 2G"), 7, &["default", "memory", "smaller"])?;
+    rig.refused(
+        &format!("attach {disk} --ring-size 2G"),
+        7,
+        &["default", "memory", "smaller"],
+    )?;
 
     // In use.
     vm.sh(format!("mkfs.ext4 -q {disk}; mount {disk} /mnt"))?;

@@ -16,10 +16,10 @@ fn attach_and_load_cycles_leak_nothing() -> Result<()> {
     let rig = Rig::start("cycles", 8)?;
     let node = rig.vm.device("source")?;
     let debug = rig.vm.kernel() == Kernel::Debug;
-    let (attaches, loads) = match (full_run(), debug) {
-        (true, _) => (1000, 100),
-        (false, false) => (150, 20),
-        (false, true) => (15, 4),
+    let (attaches, loads) = match (debug, full_run()) {
+        (false, _) => (1000, 100),
+        (true, true) => (150, 20),
+        (true, false) => (15, 4),
     };
     rig.attach("")?;
     let busy = rig.vm.try_sh("rmmod dtloop")?;

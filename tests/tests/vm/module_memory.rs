@@ -3,7 +3,7 @@
 //! Short memory, and faults that only the debug kernel can make. The other kernel plays none of these stories.
 
 use anyhow::Result;
-use dtloop_tests::{Disk, Vm, full_run, patience, wait_until};
+use dtloop_tests::{Disk, Vm, full_run, note, patience, wait_until};
 
 use crate::module_rig::{LOOP, Rig};
 
@@ -19,9 +19,10 @@ fn any_allocation_may_fail() -> Result<()> {
     let node = rig.vm.device("source")?;
     // Allocations whose failure the rest of the kernel thinks worth a line.
     rig.vm.allow("page allocation failure");
+    rig.vm.allow("kobject_add_internal failed");
     rig.vm.sh(FAULTS)?;
     let script = format!("dtctl starve set {node}");
-    dtloop_tests::note(rig.vm.sh_within(patience(400), script)?);
+    note(rig.vm.sh_within(patience(400), script)?);
     // All is as before.
     rig.attach("")?;
     rig.vm.sh(format!(
@@ -29,6 +30,11 @@ fn any_allocation_may_fail() -> Result<()> {
     ))?;
     rig.drain_all("--resync")?;
     rig.detach()?;
+    rig.vm
+        .sh("udevadm settle; dtctl destroy set --discard; rmmod dtloop")?;
+    let script = "dtctl starve-load $(modinfo -n dtloop)";
+    note(rig.vm.sh_within(patience(400), script)?);
+    rig.vm.sh("modprobe dtloop; dtctl create set")?;
     rig.finish()
 }
 

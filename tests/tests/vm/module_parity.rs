@@ -3,7 +3,7 @@
 //! The device is a loop device to everybody.
 
 use anyhow::Result;
-use dtloop_tests::{Disk, Kernel, Vm, full_run, patience};
+use dtloop_tests::{Disk, Kernel, Vm, patience};
 
 use crate::module_rig::{LOOP, Rig};
 
@@ -286,7 +286,7 @@ fn stock_loop_devices_work_beside_it() -> Result<()> {
     // A number of ours, from the middle of theirs.
     rig.vm.sh("dtctl stock 1 --remove || true")?;
     rig.attach_disk("source", 1, "")?;
-    let times = if full_run() { 200 } else { 50 };
+    let times = 200;
     // What the tools do when the stock driver's free devices run out: one more for each that is bound.
     rig.vm.sh_within(
         patience(120),

@@ -6,15 +6,17 @@
 //! (`Documentation/fault-injection/fault-injection.rst`, `fail-nth`), and lets the one fail at which it gets to 0. So for
 //! each call the first allocation fails, then only the second one, and so on, until the call needs no more of them.
 
-use std::fs;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use dtloop_abi::{
     AttachRequest, Backing, CaptureStream, Control, Name, Stream, StreamRequest, SyncRequest,
 };
+
+use nix::kmod::{DeleteModuleFlags, ModuleInitFlags, delete_module, finit_module};
 
 use crate::detach::detach;
 
@@ -28,25 +30,33 @@ const MOST: u32 = 5000;
 const FAIL_NTH: &str = "/proc/thread-self/fail-nth";
 
 /// Runs `call` with its `nth` allocation failing; also whether there was such an allocation.
-fn with_failure<T>(nth: u32, call: impl FnOnce() -> T) -> Result<(T, bool)> {
-    fs::write(FAIL_NTH, nth.to_string())
-        .with_context(|| format!("{FAIL_NTH}: this kernel injects no faults"))?;
+///
+/// `control` is open already, as opening it would be counted, too.
+fn with_failure<T>(control: &File, nth: u32, call: impl FnOnce() -> T) -> Result<(T, bool)> {
+    control.write_all_at(nth.to_string().as_bytes(), 0)?;
     let outcome = call();
-    let left = fs::read_to_string(FAIL_NTH)?;
-    fs::write(FAIL_NTH, "0")?;
-    Ok((outcome, left.trim() == "0"))
+    let mut left = [0; 16];
+    let length = control.read_at(&mut left, 0)?;
+    control.write_all_at(b"0", 0)?;
+    let failed = left[..length].trim_ascii() == b"0";
+    Ok((outcome, failed))
 }
 
 /// Repeats `call` until it got by without a failure; `undo` takes back what it made, `unchanged` checks that a call that
 /// failed has made nothing. Gives how many allocations it has.
-fn starve<T>(
+fn starve<T, E: std::fmt::Display>(
     what: &str,
-    mut call: impl FnMut() -> dtloop_abi::Result<T>,
+    mut call: impl FnMut() -> Result<T, E>,
     mut undo: impl FnMut(T) -> Result<()>,
     mut unchanged: impl FnMut() -> Result<bool>,
 ) -> Result<u32> {
+    let control = File::options()
+        .read(true)
+        .write(true)
+        .open(FAIL_NTH)
+        .with_context(|| format!("{FAIL_NTH}: this kernel injects no faults"))?;
     for nth in 1..MOST {
-        let (outcome, failed) = with_failure(nth, &mut call)?;
+        let (outcome, failed) = with_failure(&control, nth, &mut call)?;
         let made = match outcome {
             Ok(made) => {
                 undo(made).with_context(|| format!("{what}, allocation {nth}"))?;
@@ -68,6 +78,20 @@ fn starve<T>(
         }
     }
     bail!("{what} has more than {MOST} allocations")
+}
+
+/// The same for loading the module, which must not be loaded.
+pub fn load(module: &Path) -> Result<()> {
+    let file = File::open(module)?;
+    let absent = || Ok(!Path::new("/sys/module/dtloop").exists());
+    let loading = starve(
+        "loading the module",
+        || finit_module(&file, c"", ModuleInitFlags::empty()),
+        |()| Ok(delete_module(c"dtloop", DeleteModuleFlags::O_NONBLOCK)?),
+        absent,
+    )?;
+    println!("allocations: {loading} loading the module");
+    Ok(())
 }
 
 /// Lets every allocation of every call fail: for a set without devices and a block device that is not attached.

@@ -370,23 +370,29 @@ impl Applier {
     /// Makes the volumes durable, then the state, and frees the journal before it.
     fn checkpoint(&mut self) -> Result<(), OpenError> {
         while let Some((name, error)) = self.sync_volumes() {
-            self.complain(&name, &error);
-            if self.flags.must_end() {
-                // The old checkpoint stays, and the journal behind it.
+            // When it is time to end, the old checkpoint stays, and the journal behind it.
+            if !self.bears(&format!("Volume \"{name}\" cannot be used"), &error) {
                 return Ok(());
             }
-            std::thread::sleep(RETRY_AFTER);
             self.write_again()?;
         }
         if self.is_ending() {
             return Ok(());
         }
-        self.relent();
         let saved = Saved {
             state: self.state.clone(),
             checkpoint: self.applied,
         };
-        state_file::store(&self.dir.join("state"), &saved)?;
+        while let Err(error) = state_file::store(&self.dir.join("state"), &saved) {
+            let StateFileError::Io { path, source } = error else {
+                return Err(error.into());
+            };
+            let what = format!("State file {} cannot be written", path.display());
+            if !self.bears(&what, &source) {
+                return Ok(());
+            }
+        }
+        self.relent();
         self.checkpoint = self.applied;
         self.first_segment = None;
         self.horizon.advance(self.applied);
@@ -675,38 +681,39 @@ impl Applier {
                 break;
             };
             failed = true;
-            let name = volume.name().to_owned();
-            self.complain(&name, &error);
-            if self.flags.must_end() {
+            let what = format!("Volume \"{}\" cannot be used", volume.name());
+            if !self.bears(&what, &error) {
                 return;
             }
-            std::thread::sleep(RETRY_AFTER);
         }
         if failed {
             self.relent();
         }
     }
 
-    /// Tells, once, that a volume fails.
-    fn complain(&mut self, name: &str, error: &io::Error) {
-        if std::mem::replace(&mut self.complained, true) {
-            return;
+    /// Tells, once, what fails, and lets some time pass before it is tried again. False when there is no time left, as
+    /// the program ends.
+    fn bears(&mut self, what: &str, error: &io::Error) -> bool {
+        if !std::mem::replace(&mut self.complained, true) {
+            let code = match error.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::VOLUME_FULL,
+                _ => Code::VOLUME_IO,
+            };
+            let text = format!("{what}: {error}; it is tried again every second, nothing is lost");
+            tracing::error!("{text}.");
+            self.outlet.send(&Message::Notice(Notice { code, text }));
         }
-        let code = match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::VOLUME_FULL,
-            _ => Code::VOLUME_IO,
-        };
-        let text = format!(
-            "Volume \"{name}\" cannot be used: {error}; it is tried again every second, nothing is lost"
-        );
-        tracing::error!("{text}.");
-        self.outlet.send(&Message::Notice(Notice { code, text }));
+        if self.flags.must_end() {
+            return false;
+        }
+        std::thread::sleep(RETRY_AFTER);
+        true
     }
 
-    /// Tells that the volumes work again, if it was told that one does not.
+    /// Tells that it works again, if it was told that something does not.
     fn relent(&mut self) {
         if std::mem::replace(&mut self.complained, false) {
-            let text = "The volumes can be used again".to_owned();
+            let text = "All volumes can be used again".to_owned();
             tracing::info!("{text}.");
             let code = Code::OK;
             self.outlet.send(&Message::Notice(Notice { code, text }));

@@ -71,6 +71,8 @@ enum Command {
     Hostile { set: String, device: PathBuf },
     /// Let one allocation after the other fail in every call that makes something (debug kernel)
     Starve { set: String, device: PathBuf },
+    /// The same for loading the module from this file
+    StarveLoad { module: PathBuf },
     /// Make (or remove) an unbound stock loop device
     Stock {
         number: u32,
@@ -196,6 +198,7 @@ fn main() -> Result<()> {
         }
         Command::Hostile { set, device } => hostile::run(&set, &device)?,
         Command::Starve { set, device } => starve::run(&set, &device)?,
+        Command::StarveLoad { module } => starve::load(&module)?,
         Command::Stock { number, remove } => {
             let control = LoopControl::open()?;
             if remove {
