@@ -7,6 +7,10 @@ use dtloop_tests::{Disk, Vm, patience, wait_until};
 
 use crate::module_rig::{LOOP, Rig};
 
+/// Signals.
+const SIGCONT: i32 = 18;
+const SIGSTOP: i32 = 19;
+
 /// A set with the smallest ring.
 fn small_ring(name: &str, policy: &str) -> Result<Rig> {
     let rig = Rig::with(
@@ -23,6 +27,12 @@ fn write(mib: u32, seek_mib: u32) -> String {
         mib * 4,
         seek_mib * 4
     )
+}
+
+fn wait_for_consumer(rig: &Rig) -> Result<()> {
+    wait_until("the consumer", patience(10), || {
+        Ok(rig.get("set", "consumer")? == "true")
+    })
 }
 
 #[test]
@@ -59,12 +69,16 @@ fn a_full_ring_is_tracked_and_made_good() -> Result<()> {
     assert_eq!(rig.count(LOOP, "dirty_blocks")?, 0);
     rig.same()?;
 
-    // The same with a consumer that does not come along.
-    let consumer = rig.drain("--slow-us 30000 --batch 1")?;
+    // The same with a consumer that does not come along, and goes on by itself.
+    let (gaps, changes) = (rig.count("set", "gaps")?, rig.count("set", "gap_changes")?);
+    let consumer = rig.drain("")?;
+    wait_for_consumer(&rig)?;
+    consumer.kill(SIGSTOP)?;
     rig.vm.sh(write(12, 2))?;
-    assert!(rig.count("set", "gaps")? >= 1);
-    consumer.kill(15)?;
-    consumer.finish(patience(20))?;
+    assert!(rig.count("set", "gap_changes")? > changes);
+    consumer.kill(SIGCONT)?;
+    rig.end_drain(consumer)?;
+    assert!(rig.count("set", "gaps")? > gaps);
     rig.drain_all("--resync")?;
     rig.same()?;
     rig.detach()?;
@@ -74,9 +88,21 @@ fn a_full_ring_is_tracked_and_made_good() -> Result<()> {
 #[test]
 fn a_full_ring_makes_writers_wait_if_wanted() -> Result<()> {
     let rig = small_ring("block", "block")?;
-    // A consumer that comes late: everything is captured, nothing is tracked.
-    let consumer = rig.drain("--slow-us 5000")?;
-    rig.vm.sh_within(patience(60), write(16, 0))?;
+    let writers_wait = || {
+        wait_until("a full ring", patience(30), || {
+            Ok(rig.count("set", "used_bytes")? > 3 << 20)
+        })?;
+        rig.vm
+            .wait_sh(patience(20), "pgrep -x dd && ! pgrep -x dd --runstates R")
+    };
+    // A consumer that is asleep, and then not: everything is captured, nothing is tracked.
+    let consumer = rig.drain("")?;
+    wait_for_consumer(&rig)?;
+    consumer.kill(SIGSTOP)?;
+    let writer = rig.vm.spawn(write(16, 0))?;
+    writers_wait()?;
+    consumer.kill(SIGCONT)?;
+    writer.finish(patience(60))?;
     rig.end_drain(consumer)?;
     assert_eq!(rig.count("set", "gap_changes")?, 0);
     assert!(rig.count("set", "room_waits")? > 0);
@@ -85,15 +111,10 @@ fn a_full_ring_makes_writers_wait_if_wanted() -> Result<()> {
 
     // A consumer that never releases: writers wait, and can be killed.
     let consumer = rig.drain("--hold")?;
-    wait_until("the consumer", patience(10), || {
-        Ok(rig.get("set", "consumer")? == "true")
-    })?;
+    wait_for_consumer(&rig)?;
     let mut victim = rig.vm.spawn(write(12, 0))?;
     let mut other = rig.vm.spawn(write(12, 12))?;
-    let full = || Ok(rig.count("set", "used_bytes")? > 3 << 20);
-    wait_until("a full ring", patience(30), full)?;
-    rig.vm
-        .wait_sh(patience(20), "pgrep -x dd && ! pgrep -x dd --runstates R")?;
+    writers_wait()?;
     assert!(victim.is_running() && other.is_running());
     victim.kill(9)?;
     assert_eq!(victim.wait(patience(20))?.code, 128 + 9);
@@ -107,11 +128,9 @@ fn a_full_ring_makes_writers_wait_if_wanted() -> Result<()> {
 
     // So does a change of the policy.
     let consumer = rig.drain("--hold")?;
-    wait_until("the consumer", patience(10), || {
-        Ok(rig.get("set", "consumer")? == "true")
-    })?;
+    wait_for_consumer(&rig)?;
     let waiter = rig.vm.spawn(write(12, 0))?;
-    wait_until("a full ring", patience(30), full)?;
+    writers_wait()?;
     rig.vm.sh("dtctl policy set track")?;
     waiter.finish(patience(30))?;
     consumer.kill(15)?;

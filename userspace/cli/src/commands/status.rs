@@ -57,6 +57,8 @@ struct Device {
 impl Picture {
     fn take(context: &Context<'_>, only: Option<&str>) -> anyhow::Result<Self> {
         let mut picture = Self::default();
+        // The agent first: so the module's newer figures are never behind what the target has.
+        let status = context.agent().and_then(|mut agent| agent.status(only));
         match context.control() {
             Ok(control) => {
                 let streams = control.streams().collect::<Result<Vec<_>, _>>()?;
@@ -64,12 +66,9 @@ impl Picture {
                 picture.add_kernel(&streams, &devices);
             }
             // Both sides are of use alone. Without either there is nothing to show.
-            Err(error) => match context.agent() {
-                Ok(_) => picture.module = Some(error.to_string()),
-                Err(_) => return Err(error.into()),
-            },
+            Err(error) if status.is_ok() => picture.module = Some(error.to_string()),
+            Err(error) => return Err(error.into()),
         }
-        let status = context.agent().and_then(|mut agent| agent.status(only));
         picture.agent = Some(match status {
             Ok(status) => {
                 picture.add_agent(status.sets);
