@@ -156,11 +156,7 @@ fn submit_write(device: ArcBorrow<'_, Device>, bio: UpperBio) {
     }
     if bio.op_flags().nowait() {
         // Part of it would be under way when the rest is refused.
-        device
-            .counters()
-            .nowait_retries
-            .fetch_add(1, Ordering::Relaxed);
-        return bio.end(EAGAIN.into());
+        return refuse(&device, bio, None, EAGAIN);
     }
     if let Some(first) = bio.split(most / SECTOR) {
         submit_change(device, first, most);
@@ -179,7 +175,8 @@ fn submit_change(device: ArcBorrow<'_, Device>, bio: UpperBio, payload_bytes: u3
         payload_bytes,
         nowait: op_flags.nowait(),
     };
-    let started = bio.account();
+    // One that is refused because it would wait comes again, and must not count twice.
+    let started = (!request.nowait).then(|| bio.account());
     let segments = if payload_bytes == 0 {
         0
     } else {
@@ -200,6 +197,7 @@ fn submit_change(device: ArcBorrow<'_, Device>, bio: UpperBio, payload_bytes: u3
         }
         Err(e) => return refuse(&device, bio, started, e),
     };
+    let started = started.unwrap_or_else(|| bio.account());
     let kind = Kind::of(&device, op_flags, sectors);
     stream.write_desc(&abi::Desc {
         seq: place.seq,
@@ -259,14 +257,17 @@ fn submit_change(device: ArcBorrow<'_, Device>, bio: UpperBio, payload_bytes: u3
 
 /// Ends a change that is not let in; `EAGAIN`: it would have to wait, and must not.
 #[cold]
-fn refuse(device: &Device, bio: UpperBio, started: Accounting, error: Error) {
+fn refuse(device: &Device, bio: UpperBio, started: Option<Accounting>, error: Error) {
     if error == EAGAIN {
         device
             .counters()
             .nowait_retries
             .fetch_add(1, Ordering::Relaxed);
     }
-    bio.end_accounted(started, error.into());
+    match started {
+        Some(started) => bio.end_accounted(started, error.into()),
+        None => bio.end(error.into()),
+    }
 }
 
 /// A change for which there was no room: to the backing device as it is.
@@ -274,7 +275,7 @@ fn refuse(device: &Device, bio: UpperBio, started: Accounting, error: Error) {
 fn submit_tracked(
     device: ArcBorrow<'_, Device>,
     bio: UpperBio,
-    started: Accounting,
+    started: Option<Accounting>,
     request: &Request,
     slot: SlotId,
 ) {
@@ -291,6 +292,7 @@ fn submit_tracked(
             return refuse(&device, bio, started, e);
         }
     };
+    let started = started.unwrap_or_else(|| bio.account());
     lower.set_op_flags(op_flags.for_lower());
     lower.set_start_sector(device.start().wrapping_add(request.start));
     let counters = device.counters();

@@ -180,7 +180,7 @@ fn a_write_that_must_not_wait_does_not() -> Result<()> {
     let back = rig.mapped("source")?;
     rig.attach_node(&back, LOOP, "")?;
     let outcome = |at: u64, bytes: u64| {
-        let script = format!("dtscribble nowait {dev} --at {at} --bytes {bytes}");
+        let script = format!("dtscribble once nowait {dev} --at {at} --bytes {bytes}");
         rig.vm.sh_within(patience(10), script)
     };
     let sum = |at: u64, bytes: u64| {
@@ -197,7 +197,11 @@ fn a_write_that_must_not_wait_does_not() -> Result<()> {
     assert_eq!(outcome(4 << 20, 2 << 20)?, "refused");
     assert_eq!(sum(4 << 20, 2 << 20)?, before);
 
-    // Over a change in flight.
+    // Over a change in flight. It is counted as refused, not as a write.
+    let written = || {
+        rig.vm
+            .sh(format!("awk '{{ print $5 }}' /sys/block/loop{LOOP}/stat"))
+    };
     let retries = rig.count(LOOP, "nowait_retries")?;
     rig.vm.sh("dmsetup suspend --noflush --nolockfs back")?;
     let stuck = rig.vm.spawn(format!(
@@ -206,7 +210,9 @@ fn a_write_that_must_not_wait_does_not() -> Result<()> {
     wait_until("a write in flight", patience(20), || {
         Ok(rig.count(LOOP, "in_flight")? > 0)
     })?;
+    let before = written()?;
     assert_eq!(outcome((1 << 20) + 4096, 4096)?, "refused");
+    assert_eq!(written()?, before);
     assert!(rig.count(LOOP, "nowait_retries")? > retries);
     rig.vm.sh("dmsetup resume back")?;
     stuck.finish(patience(20))?;
@@ -238,5 +244,43 @@ fn a_write_that_must_not_wait_does_not() -> Result<()> {
     rig.same()?;
     rig.detach()?;
     rig.vm.sh("dmsetup remove --retry back")?;
+    rig.finish()
+}
+
+/// What the backing device promises not to tear is offered above it, and is one record.
+#[test]
+fn an_atomic_write_stays_whole() -> Result<()> {
+    let rig = Rig::start("atomic", 8)?;
+    let dev = format!("/dev/loop{LOOP}");
+    let limit = |node: &str, name: &str| {
+        let disk = node.trim_start_matches("/dev/");
+        rig.vm.sh(format!(
+            "cat /sys/block/{disk}/queue/atomic_write_{name}_bytes"
+        ))
+    };
+    // Not promised below, not promised above.
+    rig.attach("")?;
+    assert_eq!(limit(&dev, "unit_max")?, "0");
+    assert!(!rig.vm.try_sh(format!("dtscribble once atomic {dev}"))?.ok());
+    rig.detach()?;
+
+    rig.vm
+        .sh("modprobe scsi_debug dev_size_mb=16 atomic_wr=1 && udevadm settle")?;
+    let node = rig
+        .vm
+        .sh("lsblk -dnpo NAME,MODEL | awk '/scsi_debug/ { print $1 }'")?;
+    rig.attach_node(&node, LOOP, "")?;
+    for name in ["unit_min", "unit_max"] {
+        assert_eq!(limit(&dev, name)?, limit(&node, name)?, "{name}");
+    }
+    let bytes = limit(&dev, "unit_max")?;
+    let before = rig.drain_all("")?["records"].clone();
+    rig.vm.sh(format!(
+        "dtscribble once atomic {dev} --at {bytes} --bytes {bytes}"
+    ))?;
+    let report = rig.drain_all("")?;
+    assert_eq!(report["by_operation"]["write"], 1, "{before} {report}");
+    rig.vm.sh(format!("dtctl same {node} /tmp/replica"))?;
+    rig.detach()?;
     rig.finish()
 }

@@ -41,6 +41,13 @@ fn changes_that_did_not_fit_are_sent_again() -> Result<()> {
 #[test]
 fn with_the_policy_block_writers_wait_for_the_target() -> Result<()> {
     let rig = Rig::mirrored(32, "--ring-size 4M --policy block")?;
+    // Writers wait for it: it must not wait for memory that their writes would free.
+    rig.source().sh(
+        "agent=$(cat /run/dtagent.pid); [ $(awk '/^VmLck/ { print $2 }' /proc/$agent/status) -gt 0 ]
+         for stat in /proc/$agent/task/*/stat; do
+             flags=$(sed 's/.*) //' $stat | cut -d' ' -f7); [ $((flags & 0x80000)) != 0 ]  # PF_MEMALLOC_NOIO
+         done",
+    )?;
     // The agent stays: without one nobody would ever make room, and changes are tracked instead.
     rig.stop_target()?;
     let mut writer = rig.source().spawn(format!(

@@ -78,6 +78,17 @@ pub(crate) fn kick(fd: BorrowedFd<'_>) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
+/// `include/uapi/linux/prctl.h`
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// Tells the kernel that this thread, and those it makes from now on, serve block I/O: no memory that they ask for may
+/// be made free by writing to a block device. Needs CAP_SYS_RESOURCE.
+pub(crate) fn become_io_flusher() -> nix::Result<()> {
+    // SAFETY: Sets flags of the calling thread; no argument is a pointer.
+    let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    Errno::result(result).map(drop)
+}
+
 /// Memory shared with the kernel. Accessed through the methods below only, which check every
 /// offset against the length; nothing hands out a reference except [`Shared::slice`].
 pub(crate) struct Shared(MmapRaw);

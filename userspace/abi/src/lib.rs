@@ -44,7 +44,9 @@
 //! [`LoopControl`] is the stock loop driver's control device, for the tools that make room beside
 //! it.
 //!
-//! Apart from the mapping and the `ioctl` calls in this crate, DTLOOP's userspace has no unsafe
+//! [`serve_block_io`] is for a consumer for which writers may have to wait.
+//!
+//! Apart from the mapping and the system calls in this crate, DTLOOP's userspace has no unsafe
 //! code.
 
 mod control;
@@ -59,6 +61,7 @@ mod name;
 #[path = "../../../kmod/abi.rs"]
 pub mod raw;
 mod ring;
+mod serve;
 mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -68,4 +71,5 @@ pub use error::{Error, Operation, Result};
 pub use loop_control::{LOOP_CONTROL_PATH, LoopControl};
 pub use name::{Name, bytes_to_str};
 pub use ring::{Geometry, Hold, Record, Ring};
+pub use serve::serve_block_io;
 pub use stream::{CaptureStream, Extent, Stream, SyncRequest, stream_path};

@@ -88,6 +88,12 @@ fn serve(config: &Config) -> Result<()> {
     // Blocked before any thread exists, so that only the wait below receives them.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block()?;
+    if let Err(errno) = dtloop_abi::serve_block_io() {
+        tracing::warn!(
+            "dtagent may have to wait for memory that its own devices hold ({errno}): run it as root, or with \
+             CAP_IPC_LOCK and CAP_SYS_RESOURCE, before a set gets the policy block."
+        );
+    }
     let dir = &config.state_dir;
     fs::create_dir_all(dir).with_context(|| format!("Cannot make {}", dir.display()))?;
     let lock =

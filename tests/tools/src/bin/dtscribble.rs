@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use clap::{Args, Parser};
+use clap::{Args, Parser, ValueEnum};
 use dtloop_tools::direct::{Aligned, open_write, size};
 use dtloop_tools::random::Random;
 use nix::errno::Errno;
@@ -26,18 +26,37 @@ enum Command {
     Shapes(Common),
     /// Several threads write the same blocks at the same time
     Overlap(Common),
-    /// One write that must not wait (RWF_NOWAIT); says what became of it: "written" or "refused"
-    Nowait(Nowait),
+    /// One write of a special kind; says what became of it: "written" or "refused"
+    Once(Once),
 }
 
 #[derive(Args, Debug)]
-struct Nowait {
+struct Once {
+    kind: Kind,
     device: PathBuf,
     /// Byte of the device
     #[arg(long, default_value_t = 0)]
     at: u64,
     #[arg(long, default_value_t = 4096)]
     bytes: usize,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Kind {
+    /// It must not wait
+    Nowait,
+    /// It must not be torn
+    Atomic,
+}
+
+impl Kind {
+    /// `RWF_*` of `include/uapi/linux/fs.h`.
+    const fn flag(self) -> i32 {
+        match self {
+            Self::Nowait => libc::RWF_NOWAIT,
+            Self::Atomic => 0x40,
+        }
+    }
 }
 
 #[derive(Args, Debug)]
@@ -57,7 +76,7 @@ fn main() -> Result<()> {
         Command::Scribble(args) => scribble(&args),
         Command::Shapes(args) => shapes(&args),
         Command::Overlap(args) => overlap(&args),
-        Command::Nowait(args) => nowait(&args),
+        Command::Once(args) => once(&args),
     }
 }
 
@@ -259,7 +278,7 @@ impl Shapes {
     }
 }
 
-fn nowait(args: &Nowait) -> Result<()> {
+fn once(args: &Once) -> Result<()> {
     let file = open_write(&args.device, 0)?;
     let mut memory = Aligned::new(args.bytes, 4096);
     Random::new(7).fill(&mut memory);
@@ -271,7 +290,7 @@ fn nowait(args: &Nowait) -> Result<()> {
             (&raw const piece).cast(),
             1,
             libc::off_t::try_from(args.at)?,
-            libc::RWF_NOWAIT,
+            args.kind.flag(),
         )
     };
     match Errno::result(count) {
