@@ -128,10 +128,7 @@ fn a_device_is_detached_by_force_under_load() -> Result<()> {
     // And with writers that wait for room in the ring.
     rig.vm.sh("dtctl policy set block")?;
     rig.attach("")?;
-    let holder = rig.vm.spawn("exec dtdrain run --set set --hold")?;
-    wait_until("the consumer", patience(10), || {
-        Ok(rig.get("set", "consumer")? == "true")
-    })?;
+    let holder = rig.draining("--hold")?;
     let writer = rig.vm.spawn(format!(
         "exec dd if=/dev/zero of=/dev/loop{LOOP} conv=nocreat bs=64k oflag=direct status=none"
     ))?;

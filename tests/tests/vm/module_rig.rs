@@ -3,7 +3,7 @@
 //! What the stories of the module share: a machine with the module loaded and a set named `set`.
 
 use anyhow::{Context, Result, bail};
-use dtloop_tests::{Builder, Disk, Job, Kernel, Vm, note, patience};
+use dtloop_tests::{Builder, Disk, Job, Kernel, Vm, note, patience, wait_until};
 use serde_json::Value;
 
 /// Number of the loop device that most stories use.
@@ -72,6 +72,15 @@ impl Rig {
         self.vm.spawn(format!(
             "exec dtdrain run --set set --apply {LOOP}=/tmp/replica {options}"
         ))
+    }
+
+    /// The same, when it has the stream.
+    pub(crate) fn draining(&self, options: &str) -> Result<Job> {
+        let consumer = self.drain(options)?;
+        wait_until("the consumer", patience(10), || {
+            Ok(self.get("set", "consumer")? == "true")
+        })?;
+        Ok(consumer)
     }
 
     /// Drains all that is there, and gives the consumer's report.

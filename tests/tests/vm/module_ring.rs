@@ -29,12 +29,6 @@ fn write(mib: u32, seek_mib: u32) -> String {
     )
 }
 
-fn wait_for_consumer(rig: &Rig) -> Result<()> {
-    wait_until("the consumer", patience(10), || {
-        Ok(rig.get("set", "consumer")? == "true")
-    })
-}
-
 #[test]
 fn a_full_ring_is_tracked_and_made_good() -> Result<()> {
     let rig = small_ring("track", "track")?;
@@ -71,8 +65,7 @@ fn a_full_ring_is_tracked_and_made_good() -> Result<()> {
 
     // The same with a consumer that does not come along, and goes on by itself.
     let (gaps, changes) = (rig.count("set", "gaps")?, rig.count("set", "gap_changes")?);
-    let consumer = rig.drain("")?;
-    wait_for_consumer(&rig)?;
+    let consumer = rig.draining("")?;
     consumer.kill(SIGSTOP)?;
     rig.vm.sh(write(12, 2))?;
     assert!(rig.count("set", "gap_changes")? > changes);
@@ -96,8 +89,7 @@ fn a_full_ring_makes_writers_wait_if_wanted() -> Result<()> {
             .wait_sh(patience(20), "pgrep -x dd && ! pgrep -x dd --runstates R")
     };
     // A consumer that is asleep, and then not: everything is captured, nothing is tracked.
-    let consumer = rig.drain("")?;
-    wait_for_consumer(&rig)?;
+    let consumer = rig.draining("")?;
     consumer.kill(SIGSTOP)?;
     let writer = rig.vm.spawn(write(16, 0))?;
     writers_wait()?;
@@ -110,8 +102,7 @@ fn a_full_ring_makes_writers_wait_if_wanted() -> Result<()> {
     rig.same()?;
 
     // A consumer that never releases: writers wait, and can be killed.
-    let consumer = rig.drain("--hold")?;
-    wait_for_consumer(&rig)?;
+    let consumer = rig.draining("--hold")?;
     let mut victim = rig.vm.spawn(write(12, 0))?;
     let mut other = rig.vm.spawn(write(12, 12))?;
     writers_wait()?;
@@ -127,8 +118,7 @@ fn a_full_ring_makes_writers_wait_if_wanted() -> Result<()> {
     rig.same()?;
 
     // So does a change of the policy.
-    let consumer = rig.drain("--hold")?;
-    wait_for_consumer(&rig)?;
+    let consumer = rig.draining("--hold")?;
     let waiter = rig.vm.spawn(write(12, 0))?;
     writers_wait()?;
     rig.vm.sh("dtctl policy set track")?;
