@@ -67,7 +67,7 @@ fn operations_on(rig: &Rig, node: &str, number: u32) -> Result<()> {
         "dtctl same {node} {replica} && cmp /dev/loop{number} {replica}"
     ))?;
     rig.vm
-        .sh(format!("udevadm settle; dtctl detach {number}"))
+        .sh(format!("dtctl detach {number} --patient"))
         .map(drop)
 }
 

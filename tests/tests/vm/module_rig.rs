@@ -63,7 +63,7 @@ impl Rig {
     /// Detaches the usual loop device, when udev has looked at it.
     pub(crate) fn detach(&self) -> Result<()> {
         self.vm
-            .sh(format!("udevadm settle; dtctl detach {LOOP}"))
+            .sh(format!("dtctl detach {LOOP} --patient"))
             .map(drop)
     }
 
@@ -126,8 +126,9 @@ impl Rig {
 
     /// Detaches, throws the set away, unloads the module, and looks for leaks.
     pub(crate) fn finish(self) -> Result<()> {
-        self.vm
-            .sh("udevadm settle; dtctl destroy set --discard && rmmod dtloop")?;
+        self.vm.sh("udevadm settle; dtctl destroy set --discard")?;
+        // The last reference to a device goes by a workqueue.
+        self.vm.wait_sh(patience(10), "rmmod dtloop")?;
         // Said at once: what the kernel has on its console about it would come first otherwise.
         self.vm
             .check_leaks()

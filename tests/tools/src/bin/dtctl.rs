@@ -34,8 +34,11 @@ enum Command {
     /// Detach a loop device
     Detach {
         number: u32,
-        #[arg(long)]
+        #[arg(long, conflicts_with = "patient")]
         force: bool,
+        /// Waits for who has it open in passing, as udev does
+        #[arg(long)]
+        patient: bool,
     },
     /// Follow the size of the backing device; prints the new size in bytes
     Resize {
@@ -142,7 +145,12 @@ fn main() -> Result<()> {
             control.set_policy(stream(&control, &set)?, policy(&name)?)?;
         }
         Command::Attach(request) => println!("{}", attach(&request)?),
-        Command::Detach { number, force } => Control::open()?.detach(number, force)?,
+        Command::Detach {
+            number,
+            patient: true,
+            ..
+        } => detach(&Control::open()?, number)?,
+        Command::Detach { number, force, .. } => Control::open()?.detach(number, force)?,
         Command::Resize { number, limit } => {
             println!(
                 "{}",
