@@ -566,8 +566,8 @@ pub const SYNC_CLEAR: u32 = 1 << 0;
 /// Read a range into the stream, cut into records of `chunk_bytes`.
 ///
 /// Returns when the reads are under way; each completes as an [`OP_SYNC`] record of its own.
-/// Fewer sectors than asked for are taken when the share of the ring that SYNC may use is full, or
-/// there is no memory at once; none at all is `EAGAIN`: try again after a release or a moment. `ENXIO` no such device, `ERANGE` beyond its end.
+/// Fewer sectors than asked for are taken when the share of the ring that SYNC may use is full;
+/// none at all is `EAGAIN`: try again after a release. `ENXIO` no such device, `ERANGE` beyond its end.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sync {

@@ -28,7 +28,8 @@
 //! holds nothing: the elements it may wait for belong to changes in flight, which end, or to
 //! changes at the gate, which wait for nothing but changes in flight. A change that turns out to go
 //! by the stream is in the gate by then, so its clone comes from a second pool, whose elements all
-//! belong to changes in flight.
+//! belong to changes in flight. SYNC has a third one: changes that wait for room in the ring hold
+//! elements of the first, and the consumer, who makes that room, must not wait for them.
 
 use crate::{
     abi,

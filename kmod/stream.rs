@@ -236,6 +236,10 @@ pub(crate) struct Stream {
     /// of the other one may be waiting for just this change to end.
     #[pin]
     clones: BioSet<InFlight>,
+    /// For SYNC. A set of its own: writers that wait for room in the ring hold bios of the first one,
+    /// and only the consumer, which asks for SYNC, can make that room.
+    #[pin]
+    syncs: BioSet<InFlight>,
     // Last: while anything of the stream exists, so does the module.
     _module: ModuleRef,
 }
@@ -313,6 +317,7 @@ impl Stream {
                 readable <- new_poll_condvar!("dtloop_readable"),
                 bios <- BioSet::new(),
                 clones <- BioSet::new(),
+                syncs <- BioSet::new(),
                 _module: module,
             }),
             GFP_KERNEL,
@@ -347,7 +352,7 @@ impl Stream {
         &self.name
     }
 
-    /// Where the lower bios of captured changes and of SYNC come from.
+    /// Where the lower bios of captured changes come from.
     #[inline]
     pub(crate) fn bios(&self) -> &BioSet<InFlight> {
         &self.bios
@@ -356,6 +361,11 @@ impl Stream {
     /// Where those of changes come from that go by the stream.
     pub(crate) fn clones(&self) -> &BioSet<InFlight> {
         &self.clones
+    }
+
+    /// Where those of SYNC come from.
+    pub(crate) fn syncs(&self) -> &BioSet<InFlight> {
+        &self.syncs
     }
 
     /// The payload area.

@@ -63,11 +63,9 @@ fn read_chunk(device: &Arc<Device>, request: &abi::Sync, start: u64, sectors: u3
     let stream = device.stream();
     let bytes = sectors * abi::SECTOR_BYTES as u32;
     let segments = stream.payload().segments(bytes);
-    // Without memory the consumer comes again. It must not wait for some: writers that wait for room in
-    // the ring hold bios of the same set, and only the consumer can make that room.
     let mut lower = stream
-        .bios()
-        .alloc(OpFlags::BACKGROUND_READ, segments, true)?;
+        .syncs()
+        .alloc(OpFlags::BACKGROUND_READ, segments, false)?;
     lower.bind(device.backing());
     let (slot, place) = match stream.admit_sync(device, start, sectors, bytes)? {
         SyncAdmitted::Ready(slot, place) => (slot, place),
