@@ -454,7 +454,11 @@ impl Applier {
                     ..
                 } = item
                 {
-                    self.change_volume(body, &action(*kind, body, &batch.buffer[*start..*end]));
+                    let action = action(*kind, body, &batch.buffer[*start..*end]);
+                    // What passed the volume by then does so now.
+                    if self.fits(body.device, &action) {
+                        self.change_volume(body, &action);
+                    }
                 }
             }
             at = replayed.end;
@@ -584,11 +588,7 @@ impl Applier {
         if action == Action::Nothing {
             return;
         }
-        let fits = self
-            .volumes
-            .get(&body.device)
-            .is_some_and(|volume| action.end() <= volume.bytes());
-        if !fits {
+        if !self.fits(body.device, &action) {
             if kind == RecordKind::Hash {
                 self.note_compared(seq, body, false);
             }
@@ -616,6 +616,12 @@ impl Applier {
             }
             Action::Nothing => {}
         }
+    }
+
+    /// Whether the device has a volume that is large enough.
+    fn fits(&self, device: u32, action: &Action<'_>) -> bool {
+        let volume = self.volumes.get(&device);
+        volume.is_some_and(|volume| action.end() <= volume.bytes())
     }
 
     /// What a record does to the content of its volume.
@@ -889,6 +895,13 @@ mod tests {
         applier.write_again().unwrap();
         assert_eq!(sectors(), [0xee; 4]);
         assert_eq!((image()[5 * 512], image()[6 * 512]), (5, 6));
+
+        // What reaches beyond the volume passed it by, and still does.
+        for first_seq in (7..128).step_by(2) {
+            applier.apply(&append(&mut journal, first_seq, [7, 8]));
+        }
+        applier.write_again().unwrap();
+        assert_eq!((image().len(), image()[127 * 512]), (64 << 10, 7));
 
         // A journal that does not have it any more is not passed over.
         std::fs::remove_dir_all(dir.path().join("journal")).unwrap();
