@@ -12,6 +12,8 @@
 //! steps: a search in the gate, arithmetic in the ring, at most 16 Ki words of a dirty map (the
 //! largest discard of 4 GiB). No other lock is taken while it is held.
 
+mod intents;
+
 use crate::{
     abi,
     change::InFlight,
@@ -26,13 +28,17 @@ use crate::{
         wait::{Sleep, WaitQueue, Woken},
     },
     gate::{Gate, Node, Refused, SlotId, Ticket},
+    intent_store::Map,
     ring::{Meta, NoRoom, Ring, Shared},
 };
 use core::sync::atomic::{AtomicU64, Ordering};
+pub(crate) use intents::IntentWish;
+use intents::Intents;
 use kernel::{
-    new_poll_condvar, new_spinlock_irq,
+    impl_has_work, new_mutex, new_poll_condvar, new_spinlock_irq, new_work,
     prelude::*,
-    sync::{poll::PollCondVar, Arc, SpinLockIrq},
+    sync::{poll::PollCondVar, Arc, Mutex, SpinLockIrq},
+    workqueue::Work,
 };
 
 /// Changes in flight of one stream at a time; more wait. Twice what a busy NVMe queue pair holds.
@@ -78,6 +84,14 @@ pub(crate) struct State {
     gate: Gate<KVVec<Node>>,
     /// Dirty maps by lane.
     lanes: KVVec<Option<Arc<DirtyMap<DirtyWords>>>>,
+    /// Write-intent maps by lane, with the device's slot in the file.
+    maps: KVVec<Option<(u32, KBox<Map>)>>,
+    /// Changes wait until their regions are marked.
+    intent_on: bool,
+    /// The file could not be written.
+    intent_failed: bool,
+    /// What the store last told.
+    intent_status: abi::IntentStatus,
     epoch: u64,
     policy: u32,
     /// A consumer has the stream open.
@@ -101,6 +115,10 @@ struct Counters {
     room_wait_ns_max: u64,
     wakeups: u64,
     bad_releases: u64,
+    intent_wait_ns: u64,
+    intent_wait_ns_max: u64,
+    intent_rounds: u64,
+    intent_cleared: u64,
 }
 
 /// A place in the stream.
@@ -174,6 +192,8 @@ fn store(pages: &Pages, at: usize, value: u64) {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Obstacle {
     Gate,
+    /// A region that is not marked.
+    Intent,
     /// With what was released when there was no room.
     Room {
         released: u64,
@@ -227,6 +247,13 @@ pub(crate) struct Stream {
     gate_wait: WaitQueue,
     #[pin]
     room_wait: WaitQueue,
+    /// Changes whose regions are being marked.
+    #[pin]
+    intent_wait: WaitQueue,
+    #[pin]
+    intents: Mutex<Option<Intents>>,
+    #[pin]
+    intent_work: Work<Stream>,
     #[pin]
     readable: PollCondVar,
     /// For changes that were not admitted yet: what they hold may wait at the gate.
@@ -242,6 +269,10 @@ pub(crate) struct Stream {
     syncs: BioSet<InFlight>,
     // Last: while anything of the stream exists, so does the module.
     _module: ModuleRef,
+}
+
+impl_has_work! {
+    impl HasWork<Stream> for Stream { self.intent_work }
 }
 
 impl Stream {
@@ -283,6 +314,10 @@ impl Stream {
             ring,
             gate,
             lanes: filled(LANES_MAX as usize, || None)?,
+            maps: filled(LANES_MAX as usize, || None)?,
+            intent_on: false,
+            intent_failed: false,
+            intent_status: abi::IntentStatus::default(),
             epoch: 1,
             policy: create.policy,
             consumer: false,
@@ -314,6 +349,9 @@ impl Stream {
                 state <- new_spinlock_irq!(state, "dtloop_stream"),
                 gate_wait <- WaitQueue::new(c"dtloop_gate", kernel::static_lock_class!()),
                 room_wait <- WaitQueue::new(c"dtloop_room", kernel::static_lock_class!()),
+                intent_wait <- WaitQueue::new(c"dtloop_intent", kernel::static_lock_class!()),
+                intents <- new_mutex!(None, "dtloop_intents"),
+                intent_work <- new_work!("dtloop_intent_work"),
                 readable <- new_poll_condvar!("dtloop_readable"),
                 bios <- BioSet::new(),
                 clones <- BioSet::new(),
@@ -443,6 +481,10 @@ impl Stream {
             return Err(EIO);
         }
         if request.nowait {
+            if obstacle == Obstacle::Intent {
+                // When it comes again, it need not wait long.
+                self.ask_for_mark(device, request.start, request.sectors, true);
+            }
             return Err(EAGAIN);
         }
         self.admit_slowly(device, request, obstacle)
@@ -458,6 +500,14 @@ impl Stream {
         ticket: Option<&Ticket>,
         may_wait: bool,
     ) -> Result<Admitted, Obstacle> {
+        if state.intent_on && request.sectors != 0 {
+            // Under the lock under which marks are cleared: whoever is in from here on is seen there.
+            if let Some(Some((_, map))) = state.maps.get_mut(device.lane() as usize) {
+                if !map.touch(request.start, request.sectors) {
+                    return Err(Obstacle::Intent);
+                }
+            }
+        }
         let entered = match ticket {
             None => state.gate.try_enter(range.start, range.end),
             Some(ticket) => state.gate.try_enter_queued(ticket),
@@ -592,6 +642,12 @@ impl Stream {
         let mut room_since = None;
         let admitted = loop {
             let outcome = match obstacle {
+                Obstacle::Intent => {
+                    self.wait_for_mark(device, request.start, request.sectors);
+                    let mut state = self.state.lock();
+                    self.try_admit(&mut state, device, request, range, None, may_wait)
+                        .map_err(Some)
+                }
                 Obstacle::Gate => {
                     device.counters().gate_waits.fetch_add(1, Ordering::Relaxed);
                     self.wait_at_gate(device, range, Sleep::Uninterruptible, |state, ticket| {
@@ -653,6 +709,8 @@ impl Stream {
                     ticket = None;
                     Some(Err(Some(room)))
                 }
+                // The ticket is given back below.
+                Err(Obstacle::Intent) => Some(Err(Some(Obstacle::Intent))),
                 Err(Obstacle::Gate) => None,
             }
         };
@@ -773,6 +831,10 @@ impl Stream {
                         map.clear_covered(done.start, done.sectors);
                     }
                 }
+                // What a SYNC record holds is not on the target before that record is.
+                if let Some(Some((_, map))) = state.maps.get_mut(done.device.lane() as usize) {
+                    map.note(done.start, done.sectors);
+                }
             }
             if done.closes_epoch && done.errno == 0 {
                 state.epoch = state.epoch.wrapping_add(1);
@@ -837,6 +899,7 @@ impl Stream {
     pub(crate) fn wake_everybody(&self) {
         self.gate_wait.wake_all();
         self.room_wait.wake_all();
+        self.intent_wait.wake_all();
         self.readable.notify_all();
     }
 
@@ -858,6 +921,7 @@ impl Stream {
 
     /// Frees a lane; nothing of its device is in flight.
     pub(crate) fn leave(&self, lane: u32) {
+        self.leave_intents(lane);
         let map = {
             let mut state = self.state.lock();
             state.lanes.get_mut(lane as usize).and_then(Option::take)

@@ -5,6 +5,7 @@
 mod boot;
 mod command_refusals;
 mod module_faults;
+mod module_intent;
 mod module_life;
 mod module_memory;
 mod module_ops;

@@ -60,6 +60,8 @@ pub struct AttachRequest<'a> {
     pub stream_id: u32,
     /// Name of the volume, or [`Name::EMPTY`].
     pub label: Name,
+    /// Which disk it is, however it is found; zero: not known.
+    pub identity: [u8; 16],
     /// Refuse writes.
     pub read_only: bool,
     /// Scan the loop device for partitions.
@@ -153,7 +155,12 @@ impl Control {
         &self.features
     }
 
-    fn call<T>(&self, operation: Operation, ioctl: &Ioctl<T>, argument: &mut T) -> Result<()> {
+    pub(crate) fn call<T>(
+        &self,
+        operation: Operation,
+        ioctl: &Ioctl<T>,
+        argument: &mut T,
+    ) -> Result<()> {
         call(self.file.as_fd(), operation, ioctl, argument)
     }
 
@@ -345,7 +352,8 @@ impl AttachRequest<'_> {
             device_id: 0,
             reserved0: 0,
             label: self.label.to_bytes(),
-            reserved: [0; 4],
+            identity: self.identity,
+            reserved: [0; 2],
         })
     }
 }
@@ -435,7 +443,11 @@ impl raw::DeviceStatus {
             gate_waits: 0,
             nowait_retries: 0,
             bypass_sectors: 0,
-            reserved: [0; 8],
+            intent_found: 0,
+            reserved0: 0,
+            regions_marked: 0,
+            regions_suspect: 0,
+            reserved: [0; 5],
         }
     }
 
@@ -532,6 +544,7 @@ mod tests {
             number: None,
             stream_id: 7,
             label: Name::new("vol").unwrap(),
+            identity: [9; 16],
             read_only: true,
             partscan: true,
         };
@@ -540,6 +553,7 @@ mod tests {
         assert_eq!(raw.flags, raw::ATTACH_READ_ONLY | raw::ATTACH_PARTSCAN);
         assert_eq!(raw.backing_dev, 0x0803);
         assert_eq!(&raw.label[..4], b"vol\0");
+        assert_eq!(raw.identity, [9; 16]);
         let too_high = AttachRequest {
             number: Some(1 << 20),
             ..request

@@ -123,10 +123,49 @@ pub(crate) struct Attach {
     /// Name of the volume on the target
     #[arg(long, value_name = "LABEL", value_parser = parse_name)]
     pub(crate) volume: Option<Name>,
+    /// The set's intent file, on ext4 or XFS on another disk than the set's devices: it remembers which regions may differ,
+    /// so that a crash costs no full comparison; off: none. For a set that has none [default:
+    /// /var/lib/dtloop/intent/NAME]
+    #[arg(long, value_name = "FILE|off", value_parser = parse_intent)]
+    pub(crate) intent: Option<Intent>,
+    /// Region of a new intent file, a power of two from 64K to 1G [default: 4M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_region)]
+    pub(crate) region_size: Option<u32>,
+    /// Regions that may stay marked while the target has everything: more need fewer writes of the intent file, and
+    /// more comparing after a crash [default: 1024]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) hot_regions: Option<u32>,
     /// Attach although the device carries the signature of swap or LVM, made through the loop
     /// device earlier
     #[arg(long)]
     pub(crate) allow_signature: bool,
+}
+
+/// Where the intent file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Intent {
+    /// Nowhere: changes are not tracked across a crash.
+    Off,
+    /// There.
+    File(PathBuf),
+}
+
+// clap asks for a Result.
+#[expect(clippy::unnecessary_wraps)]
+fn parse_intent(text: &str) -> Result<Intent, String> {
+    Ok(match text {
+        "off" => Intent::Off,
+        path => Intent::File(path.into()),
+    })
+}
+
+fn parse_region(text: &str) -> Result<u32, String> {
+    let bytes = size::parse(text)?;
+    let legal = u64::from(raw::REGION_BYTES_MIN)..=u64::from(raw::REGION_BYTES_MAX);
+    if !bytes.is_power_of_two() || !legal.contains(&bytes) {
+        return Err("it is no power of two from 64K to 1G".to_owned());
+    }
+    u32::try_from(bytes).map_err(|error| error.to_string())
 }
 
 #[derive(Debug, Args)]
