@@ -149,7 +149,7 @@ impl World {
     /// The writes fail: each sector is old or new.
     fn fail_writes(&mut self, kept: u64) {
         for (chunk, marks) in std::mem::take(&mut self.flight) {
-            if kept >> (chunk % 64) & 1 != 0 {
+            if (kept >> (chunk % 64)) & 1 != 0 {
                 self.disk.insert(chunk, marks);
             }
             self.map.written(chunk, false);
@@ -192,7 +192,7 @@ impl World {
     fn after_cut(&self, kept: u64) -> BTreeMap<usize, BTreeSet<u64>> {
         let mut disk = self.disk.clone();
         for (chunk, marks) in &self.flight {
-            if kept >> (chunk % 64) & 1 != 0 {
+            if (kept >> (chunk % 64)) & 1 != 0 {
                 disk.insert(*chunk, marks.clone());
             }
         }

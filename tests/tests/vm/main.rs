@@ -18,6 +18,7 @@ mod network;
 mod replication_faults;
 mod replication_files;
 mod replication_mirror;
+mod replication_recovery;
 mod replication_refusals;
 mod replication_resync;
 mod replication_rig;

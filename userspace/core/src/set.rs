@@ -18,7 +18,7 @@
 
 use std::collections::BTreeMap;
 
-use dtloop_proto::message::{Hello, Marker, VolumeReport, VolumeSync};
+use dtloop_proto::message::{DeviceOffer, Hello, Marker, Past, VolumeReport, VolumeSync};
 use dtloop_proto::{Code, Op, RecordBody, Uuid};
 use serde::{Deserialize, Serialize};
 
@@ -108,6 +108,9 @@ pub struct SetState {
     pub lost: Option<Lost>,
     /// Volumes by label.
     pub volumes: BTreeMap<String, VolumeState>,
+    /// The last version of the source's intent file that was told.
+    #[serde(default)]
+    pub intent_version: u64,
 }
 
 /// How a source that says hello is received.
@@ -138,6 +141,26 @@ impl SetState {
             applied_seq: 0,
             lost: None,
             volumes: BTreeMap::new(),
+            intent_version: 0,
+        }
+    }
+
+    /// What the volumes of these devices have been worth so far. To be asked before the devices are bound.
+    #[must_use]
+    pub fn past(&self, offers: &[DeviceOffer], durable_seq: u64) -> Past {
+        let mirrored = |offer: &&DeviceOffer| {
+            let volume = self.volumes.get(&offer.label);
+            volume.is_some_and(|volume| volume.sync == Sync::Mirrored && volume.refused.is_none())
+        };
+        Past {
+            stream: self.stream_uuid,
+            durable_seq,
+            intent_version: self.intent_version,
+            mirrored: offers
+                .iter()
+                .filter(mirrored)
+                .map(|offer| offer.device)
+                .collect(),
         }
     }
 
@@ -316,9 +339,19 @@ impl SetState {
             Marker::OrderRestored => {
                 if self.lost.is_some_and(|lost| lost.last < position) {
                     self.lost = None;
+                    let volumes = self.volumes.values_mut();
+                    for volume in volumes.filter(|volume| volume.sync == Sync::Mirrored) {
+                        volume.consistent = None;
+                    }
                 }
             }
             Marker::OrderLost { code } => self.lose(position, position, code),
+            Marker::Covered { device } => {
+                // First, while the volume is worth nothing: it is equal to no state of the present stream yet.
+                self.lose(position, position, Code::OK);
+                self.enter_sync(device, Sync::Mirrored, position);
+            }
+            Marker::Intent { version } => self.intent_version = version,
         }
     }
 
@@ -330,6 +363,7 @@ impl SetState {
     }
 
     fn enter_sync(&mut self, device: u32, sync: Sync, position: u64) {
+        let whole = self.lost.is_none();
         if let Some(volume) = self
             .volumes
             .values_mut()
@@ -337,7 +371,7 @@ impl SetState {
         {
             volume.sync = sync;
             volume.sync_seq = position;
-            if sync == Sync::Mirrored {
+            if sync == Sync::Mirrored && whole {
                 volume.consistent = None;
             }
         }
@@ -483,6 +517,37 @@ mod tests {
         state.on_passed_by(1);
         state.on_marker(2, Marker::MirrorEnd { device: 1 });
         assert!(!state.in_sync("vol"));
+    }
+
+    #[test]
+    fn a_covered_volume_keeps_its_worth_and_waits_for_the_order() {
+        let offer = DeviceOffer {
+            device: 7,
+            label: "vol".into(),
+            sectors: 64,
+            block_bytes: 512,
+        };
+        let mut state = mirrored();
+        state.on_marker(2, Marker::Intent { version: 5 });
+        let past = state.past(std::slice::from_ref(&offer), 9);
+        assert_eq!((past.stream, past.durable_seq), (Uuid([1; 16]), 9));
+        assert_eq!((past.intent_version, &past.mirrored[..]), (5, &[7][..]));
+        state.enter(&hello(2, 2, 1, 10), Admission::NewStream);
+        state.bind("vol", 7, 64, None);
+        assert_eq!(state.past(std::slice::from_ref(&offer), 0).mirrored, []);
+        state.on_marker(1, Marker::Covered { device: 7 });
+        assert!(
+            !state.in_sync("vol"),
+            "the marked regions are still to come"
+        );
+        let consistent = state.volumes["vol"]
+            .consistent
+            .map(|c| (c.stream_uuid, c.seq));
+        assert_eq!(consistent, Some((Uuid([1; 16]), 1)));
+        assert_eq!(state.past(std::slice::from_ref(&offer), 0).mirrored, [7]);
+        state.on_marker(2, Marker::OrderRestored);
+        assert!(state.in_sync("vol"));
+        assert_eq!(state.volumes["vol"].consistent, None);
     }
 
     #[test]

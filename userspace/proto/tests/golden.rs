@@ -162,6 +162,13 @@ fn messages_of_version_1() {
         }),
         VERIFIED,
     );
+    let past = Past {
+        stream: Uuid(*b"stream-uuid-16by"),
+        durable_seq: 1,
+        intent_version: 2,
+        mirrored: vec![3, 4],
+    };
+    assert_golden("Past", 5, 0, &Message::Past(past), PAST);
     assert_golden("Ping", 5, 0, &Message::Ping(0xabcd), PING);
 }
 
@@ -229,6 +236,14 @@ const VERIFIED: &str = "\
 09000000000000000100000000000000
 01000000000000000200000003000000
 0000000004000000
+";
+const PAST: &str = "\
+44544c50c5d6cf537a8d28d501003800
+00000000000000000500000000000000
+00000000000000003000000000000000
+73747265616d2d757569642d31366279
+01000000000000000200000000000000
+02000000000000000300000004000000
 ";
 const PING: &str = "\
 44544c50518d5e541b0a2dc101004000

@@ -19,7 +19,7 @@ use dtloop_core::binding::{Refusal, check_label};
 use dtloop_core::journal::SEGMENT_HEADER_BYTES;
 use dtloop_core::set::{Admission, SetState};
 use dtloop_proto::message::{
-    DeviceOffer, Hello, Marker, Mismatch, Notice, Verified, VolumeReport, Volumes,
+    DeviceOffer, Hello, Marker, Mismatch, Notice, Past, Verified, VolumeReport, Volumes,
 };
 use dtloop_proto::{Code, Decoded, Frame, Message, RecordBody, RecordKind, Uuid};
 use serde::{Deserialize, Serialize};
@@ -95,6 +95,8 @@ pub struct Entered {
     pub lost: (u64, u64),
     /// The volumes.
     pub volumes: Vec<VolumeReport>,
+    /// What they were worth until now.
+    pub past: Past,
 }
 
 /// What the applier is asked to do, in order.
@@ -339,8 +341,12 @@ impl Applier {
                 }
                 Ok(Command::Bind(offer)) => {
                     self.checkpoint()?;
-                    self.bind(&offer, std::slice::from_ref(&offer));
+                    let offers = std::slice::from_ref(&offer);
+                    // What is applied is durable, and nothing else came before this.
+                    let past = self.state.past(offers, self.state.applied_seq);
+                    self.bind(&offer, offers);
                     self.checkpoint()?;
+                    self.outlet.send(&Message::Past(self.trusted(past)));
                     self.report_volumes();
                 }
                 Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => {
@@ -472,6 +478,7 @@ impl Applier {
 
     fn enter(&mut self, hello: &Hello, durable_seq: u64) -> Result<Entered, Refusal> {
         let known_stream = self.state.stream_uuid;
+        let past = self.state.past(&hello.devices, durable_seq);
         let admission = self.state.admit(hello, durable_seq)?;
         self.state.enter(hello, admission);
         if admission != Admission::Resume {
@@ -489,7 +496,15 @@ impl Applier {
             known_stream,
             lost,
             volumes: self.reports(),
+            past: self.trusted(past),
         })
+    }
+
+    /// A volume that is refused now is worth nothing, whatever it was.
+    fn trusted(&self, mut past: Past) -> Past {
+        let bound = |device: &u32| self.volumes.contains_key(device);
+        past.mirrored.retain(bound);
+        past
     }
 
     fn bind(&mut self, offer: &DeviceOffer, all: &[DeviceOffer]) {

@@ -259,6 +259,7 @@ fn welcome(
     };
     let mut out = vec![];
     frame::encode_message(&mut out, 0, 0, &Message::Welcome(welcome))?;
+    frame::encode_message(&mut out, id, 0, &Message::Past(entered.past))?;
     connection.set_timeouts(SILENCE_MAX, SILENCE_MAX)?;
     connection.write_all(&out)?;
     replica.outlet.connect(connection.try_clone()?, id);

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, Rates, SetStatus};
+use dtloop_core::mirror::JobKind;
 use dtloop_proto::Code;
 use dtloop_proto::message::VolumeSync;
 
@@ -64,8 +65,11 @@ impl Worker {
         }
         snapshot.job.clone_from(&self.job);
         let states = || snapshot.status.devices.iter().map(|device| &device.state);
-        snapshot.settled =
-            session.is_some() && self.resync.is_idle() && states().all(DeviceState::is_consistent);
+        let whole =
+            |session: &Session| session.core.ack().applied_seq.saturating_add(1) >= self.whole_at;
+        snapshot.settled = session.is_some_and(whole)
+            && self.resync.is_idle()
+            && states().all(DeviceState::is_consistent);
         let stuck = |device: &&DeviceStatus| {
             matches!(device.state, DeviceState::MirrorNeeded | DeviceState::Error)
         };
@@ -151,7 +155,13 @@ impl Worker {
             .iter()
             .find(|result| result.label == device.label())
             .cloned();
+        let last_recovery = self
+            .last_recovery
+            .iter()
+            .find(|recovery| recovery.label == device.label())
+            .cloned();
         DeviceStatus {
+            last_recovery,
             device_id: device.device_id,
             number,
             label: device.label().to_owned(),
@@ -194,7 +204,8 @@ impl Worker {
         });
         let item = item.filter(|item| !item.ended);
         if let (Some(job), Some(item)) = (job, item) {
-            if job.state.kind.is_mirror() || (mirrored && self.lost.is_none()) {
+            let recovers = job.state.kind == JobKind::Recover && mirrored;
+            if job.state.kind.is_mirror() || recovers || (mirrored && self.lost.is_none()) {
                 return (job.device_state(item), job.state.reason.clone());
             }
         }

@@ -93,8 +93,12 @@ impl Lab {
     }
 
     pub fn renew_stream(&mut self) {
+        self.renew_stream_as(*b"another stream!!");
+    }
+
+    pub fn renew_stream_as(&mut self, uuid: [u8; 16]) {
         let content = self.stream.content(self.device);
-        self.stream = FakeStream::new("db", 4 << 20, 1024).with_uuid(*b"another stream!!");
+        self.stream = FakeStream::new("db", 4 << 20, 1024).with_uuid(uuid);
         self.device = self.stream.attach(1, self.sectors, "vol");
         self.stream.set_content(self.device, &content);
     }
