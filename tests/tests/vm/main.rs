@@ -4,6 +4,13 @@
 
 mod boot;
 mod command_refusals;
+mod fault_clock;
+mod fault_disks;
+mod fault_frame;
+mod fault_kills;
+mod fault_network;
+mod fault_power;
+mod fault_resync;
 mod module_faults;
 mod module_intent;
 mod module_life;

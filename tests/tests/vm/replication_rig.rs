@@ -14,6 +14,10 @@ pub(crate) const DEV: &str = "/dev/loop101";
 /// Where the target keeps the copy.
 pub(crate) const IMAGE: &str = "/srv/vol.img";
 
+/// Commands of the daemons.
+pub(crate) const AGENT: &str = "dtagent";
+pub(crate) const TARGET: &str = "dttarget serve";
+
 /// A source and a target. Agent and target are configured but not started.
 pub(crate) struct Rig {
     source: Vm,
@@ -46,15 +50,23 @@ impl Rig {
 
     /// Two machines.
     pub(crate) fn pair(mib: u64) -> Result<Self> {
+        Self::pair_with(Disk::new("disk", mib), mib)
+    }
+
+    /// Two machines; the disk has the serial `disk`.
+    pub(crate) fn pair_with(disk: Disk, mib: u64) -> Result<Self> {
         let link = Link::new("source", "target")?;
         let [source, target] = Vm::start_all([
-            Vm::builder("source")
-                .link(&link)
-                .disk(Disk::new("disk", mib)),
+            Vm::builder("source").link(&link).disk(disk),
             Vm::builder("target").link(&link),
         ])?;
         source.wait_sh(patience(20), "ping -c1 -W1 target")?;
         Self::configure(source, Some(target), mib)
+    }
+
+    /// Machines of the story's own; the source has a disk `disk`.
+    pub(crate) fn with(source: Vm, target: Option<Vm>, mib: u64) -> Result<Self> {
+        Self::configure(source, target, mib)
     }
 
     /// Both on one machine, everything started, and the device mirrored.
@@ -114,6 +126,14 @@ impl Rig {
         self.target.as_ref().unwrap_or(&self.source)
     }
 
+    pub(crate) fn source_mut(&mut self) -> &mut Vm {
+        &mut self.source
+    }
+
+    pub(crate) fn target_mut(&mut self) -> &mut Vm {
+        self.target.as_mut().unwrap_or(&mut self.source)
+    }
+
     // Devices.
 
     /// Attaches the disk as volume `vol`.
@@ -127,7 +147,7 @@ impl Rig {
     // Daemons.
 
     pub(crate) fn start_agent(&self) -> Result<()> {
-        start(&self.source, "dtagent", "dtagent")?;
+        start(&self.source, "dtagent", AGENT)?;
         self.source.wait_sh(
             patience(20),
             "dtloop status --json | jq -e '.agent_error == null'",
@@ -135,7 +155,7 @@ impl Rig {
     }
 
     pub(crate) fn start_target(&self) -> Result<()> {
-        start(self.target(), "dttarget", "dttarget serve")?;
+        start(self.target(), "dttarget", TARGET)?;
         self.target().wait_sh(
             patience(20),
             "(exec 3<>/dev/tcp/127.0.0.1/7788) 2>/dev/null",
@@ -330,10 +350,14 @@ impl Rig {
 }
 
 fn start(vm: &Vm, name: &str, command: &str) -> Result<()> {
-    vm.sh(format!(
+    vm.sh(start_script(name, command)).map(drop)
+}
+
+/// Starts a daemon in the background, with its log and its number where they are looked for.
+pub(crate) fn start_script(name: &str, command: &str) -> String {
+    format!(
         "setsid -f bash -c 'echo $$ >/run/{name}.pid; exec {command}' >>/var/log/{name}.log 2>&1 </dev/null"
-    ))
-    .map(drop)
+    )
 }
 
 fn end(vm: &Vm, name: &str, signal: &str) -> Result<()> {
