@@ -91,19 +91,46 @@ impl Rig {
             target,
             disk,
         };
-        let host = if rig.target.is_some() {
-            "target"
-        } else {
-            "127.0.0.1"
-        };
-        let agent = format!(
-            "[[set]]\nname = \"default\"\ntarget = \"{host}:7788\"\ntransport = \"plaintext\"\nretry_ms_max = 300\n"
-        );
+        let agent = rig.set_config("default");
         rig.source.put("/etc/DT/dtloop.toml", agent.as_bytes())?;
         let volume =
             format!("[[volume]]\nname = \"vol\"\npath = \"{IMAGE}\"\nsize = \"{mib}MiB\"\n");
         rig.configure_target(&volume)?;
         Ok(rig)
+    }
+
+    /// How a set reaches the target: lines of the agent's configuration.
+    fn set_config(&self, set: &str) -> String {
+        let host = if self.target.is_some() {
+            "target"
+        } else {
+            "127.0.0.1"
+        };
+        format!(
+            "[[set]]\nname = \"{set}\"\ntarget = \"{host}:7788\"\ntransport = \"plaintext\"\nretry_ms_max = 300\n"
+        )
+    }
+
+    /// Adds a set to the agent's configuration.
+    pub(crate) fn add_set(&self, set: &str) -> Result<()> {
+        let config = self.set_config("default") + &self.set_config(set);
+        self.source.put("/etc/DT/dtloop.toml", config.as_bytes())
+    }
+
+    /// Configures another agent on the source, which is another source to the target, and starts it.
+    pub(crate) fn start_other_agent(&self, name: &str, set: &str) -> Result<()> {
+        let socket = format!("/run/dtloop/{name}.sock");
+        let config = format!(
+            "state_dir = \"/var/lib/dtloop/{name}\"\nsocket = \"{socket}\"\n{}",
+            self.set_config(set)
+        );
+        let path = format!("/etc/DT/{name}.toml");
+        self.source.put(&path, config.as_bytes())?;
+        start(&self.source, name, &format!("{AGENT} --config {path}"))?;
+        self.source.wait_sh(
+            patience(20),
+            &format!("dtloop --socket {socket} status --json | jq -e '.agent_error == null'"),
+        )
     }
 
     /// Gives the target other volumes.
@@ -141,6 +168,16 @@ impl Rig {
         let disk = &self.disk;
         self.source
             .sh(format!("modprobe dtloop; dtloop attach {disk} --loop 101 --volume vol {options}; udevadm settle"))
+            .map(drop)
+    }
+
+    /// Attaches another disk, by its serial.
+    pub(crate) fn attach_other(&self, serial: &str, number: u32, options: &str) -> Result<()> {
+        let disk = self.source.device(serial)?;
+        self.source
+            .sh(format!(
+                "modprobe dtloop; dtloop attach {disk} --loop {number} {options}; udevadm settle"
+            ))
             .map(drop)
     }
 
@@ -331,10 +368,19 @@ impl Rig {
 
     /// Takes everything down; nothing may be left.
     pub(crate) fn finish(self) -> Result<()> {
+        self.finish_with_sets(&[])
+    }
+
+    /// The same with further sets, whose devices are detached.
+    pub(crate) fn finish_with_sets(self, sets: &[&str]) -> Result<()> {
         self.source.sh("udevadm settle; dtloop detach 101")?;
         self.stop_agent()?;
         self.stop_target()?;
         // The set is there until its last records are shipped.
+        for set in sets {
+            self.source
+                .sh(format!("dtloop set {set} --remove --discard-records"))?;
+        }
         self.source.sh(
             "dtloop set default --remove --discard-records || dtloop status >&2; rmmod dtloop",
         )?;
