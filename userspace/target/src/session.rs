@@ -17,6 +17,7 @@ use dtloop_proto::message::{Hello, Refuse, Welcome, bounded_text};
 use dtloop_proto::{Code, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
+use crate::door::Place;
 use crate::journal::{BatchInfo, JournalError};
 use crate::replica::{Replica, Writer};
 use crate::server::Shared;
@@ -85,19 +86,22 @@ impl SessionEnd {
     }
 }
 
-/// Serves a connection to its end.
-pub fn serve(shared: &Arc<Shared>, mut connection: Connection) {
+/// Serves a connection to its end; it gives its place at the door up when it has said hello.
+pub fn serve(shared: &Arc<Shared>, mut connection: Connection, place: Place) {
     let peer = connection
         .peer()
         .map_or_else(|_| "an unknown peer".to_owned(), |peer| peer.to_string());
     let hello = match receive_hello(&mut connection) {
         Ok(hello) => hello,
         Err(end) => {
-            tracing::warn!("{peer} was not understood: {end}.");
+            shared
+                .door
+                .complain(&format!("{peer} was not understood: {end}."));
             refuse(&mut connection, &end);
             return;
         }
     };
+    drop(place);
     let (set, source) = (hello.set.clone(), hello.source_id);
     match receive(shared, connection, hello) {
         end @ (SessionEnd::Closed
