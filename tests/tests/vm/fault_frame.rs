@@ -98,12 +98,12 @@ impl Story {
     pub(crate) fn load_with(&mut self, options: &str) -> Result<Job> {
         self.generation += 1;
         let generation = self.generation;
-        let before = self.rig.counter("writes")?;
+        let before = self.written()?;
         let mut load = self.rig.source().spawn(format!(
             "exec dtstamp write {DEV} --generation {generation} --seed {generation} {options}"
         ))?;
         let began = wait_until("the load", patience(20), || {
-            Ok(!load.is_running() || self.rig.counter("writes")? > before + 10)
+            Ok(!load.is_running() || self.written()? > before + 10)
         });
         if began.is_err() || !load.is_running() {
             bail!("the load does not write: {}", load.wait(patience(1))?);
@@ -141,10 +141,13 @@ impl Story {
 
     /// Waits until the load has written so much more.
     pub(crate) fn wait_writes(&self, more: u64) -> Result<()> {
-        let goal = self.rig.counter("writes")? + more;
-        wait_until("writes", patience(60), || {
-            Ok(self.rig.counter("writes")? >= goal)
-        })
+        let goal = self.written()? + more;
+        wait_until("writes", patience(60), || Ok(self.written()? >= goal))
+    }
+
+    /// Writes so far, captured or tracked.
+    fn written(&self) -> Result<u64> {
+        Ok(self.rig.counter("writes")? + self.rig.counter("tracked")?)
     }
 
     // What the target holds.

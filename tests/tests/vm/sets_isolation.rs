@@ -167,25 +167,33 @@ fn a_slow_source_does_not_hurt_the_others() -> Result<()> {
     house.end()
 }
 
-/// Holds as many connections as go open, most of them silent, and opens new ones when they are closed.
-const FLOOD: &str = r#"exec perl -MIO::Socket::INET -e '
-    my ($host, @held) = @ARGV;
+/// Holds more connections than the target serves, silent ones, and opens each anew as soon as it is closed. Every other
+/// time it shouts first.
+const FLOOD: &str = r#"exec perl -MIO::Socket::INET -MIO::Select -e '
+    my ($host) = @ARGV;
     $SIG{PIPE} = "IGNORE";
+    $| = 1;
+    my @say = ("", "DTLP", "DTLP" . "\0" x 30, "x" x 48, join("", map { chr rand 256 } 1 .. 4000));
+    my ($held, $opened) = (IO::Select->new, 0);
     while (1) {
-        my $door = IO::Socket::INET->new(PeerAddr => $host, PeerPort => 7788, Timeout => 2);
-        if (!$door) { select undef, undef, undef, 0.05; shift @held; next }
-        my $say = ("", "DTLP", "DTLP" . "\0" x 30, "x" x 48, join("", map { chr rand 256 } 1 .. 4000))[rand 5];
-        print $door $say; $door->flush;
-        push @held, $door;
-        shift @held while @held > 600;
-        select undef, undef, undef, 0.002;
+        if ($held->count < 300) {
+            my $door = IO::Socket::INET->new(PeerAddr => $host, PeerPort => 7788, Timeout => 2) or next;
+            syswrite $door, $say[++$opened % 50 ? rand 3 : rand 5];
+            $held->add($door);
+            print "crowded\n" if $opened == 300;
+        }
+        for my $door ($held->can_read(0)) {
+            next if sysread $door, my $answer, 4096;
+            $held->remove($door);
+            close $door;
+        }
     }'"#;
 
 #[test]
 fn hostile_visitors_do_not_hurt_the_others() -> Result<()> {
     let house = House::start()?;
     let rig = &house.rig;
-    let floods = [
+    let mut floods = [
         rig.target()
             .spawn(format!("ulimit -n 4096; {FLOOD} 127.0.0.1"))?,
         rig.source()
@@ -197,13 +205,21 @@ fn hostile_visitors_do_not_hurt_the_others() -> Result<()> {
     )?;
     house.get_on(&["default", "second", "third"], "visitors shout")?;
     // Who has to come in anew gets in.
-    rig.target().wait_sh(
-        patience(30),
-        "[ $(ss -Htn state established '( sport = :7788 )' | wc -l) -gt 60 ]",
-    )?;
+    wait_until("a crowd at the door", patience(60), || {
+        Ok(floods
+            .iter_mut()
+            .all(|flood| flood.printed().contains("crowded")))
+    })?;
     rig.kill_agent()?;
+    let count = "grep -c 'tried again' /var/log/dtagent.log || true";
+    let before = rig.source().sh(count)?;
     rig.start_agent()?;
     house.get_on(&["default", "second", "third"], "visitors crowd the door")?;
+    ensure!(
+        rig.source().sh(count)? == before,
+        "the agent was turned away: {}",
+        rig.agent_log()?
+    );
     for mut flood in floods {
         ensure!(flood.is_running(), "a flood has dried up");
         flood.kill(9)?;
