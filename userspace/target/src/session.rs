@@ -4,7 +4,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use dtloop_core::binding::Refusal;
@@ -28,6 +28,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A source sends at least a ping in this time, or it is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// How often it is looked whether the applier, which a new session waits for, is held up.
+const TROUBLE_TICK: Duration = Duration::from_millis(500);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -224,8 +227,20 @@ fn welcome(
         let text = format!("Set \"{set}\" is no longer applied; look at the log of dttarget");
         Refusal::new(Code::INTERNAL, text)
     };
+    // A disk that fails holds the applier up for as long as it does. The source learns that, instead of waiting.
+    let no_trouble = || match replica.outlet.present_trouble() {
+        Some(notice) => Err(Refusal::new(notice.code, notice.text)),
+        None => Ok(()),
+    };
+    no_trouble()?;
     writer.commands.send(enter).map_err(|_| gone())?;
-    let entered = answer.recv().map_err(|_| gone())??;
+    let entered = loop {
+        match answer.recv_timeout(TROUBLE_TICK) {
+            Ok(entered) => break entered?,
+            Err(RecvTimeoutError::Timeout) => no_trouble()?,
+            Err(RecvTimeoutError::Disconnected) => return Err(gone().into()),
+        }
+    };
     match entered.admission {
         Admission::Resume => {}
         Admission::NewStream => writer.sequence = Sequencer::new(first_seq),
