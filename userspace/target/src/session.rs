@@ -113,6 +113,10 @@ pub fn serve(shared: &Arc<Shared>, mut connection: Connection, place: Place) {
         | SessionEnd::Io(_)) => {
             tracing::info!("Set \"{set}\" of source {source} at {peer} is disconnected: {end}.");
         }
+        // It may come again and again, as long as the reason lasts.
+        end @ SessionEnd::Refused(_) => shared.door.complain(&format!(
+            "Set \"{set}\" of source {source} at {peer} was refused: {end}."
+        )),
         end => {
             tracing::error!("Set \"{set}\" of source {source} at {peer} is disconnected: {end}.");
         }
