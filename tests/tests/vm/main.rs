@@ -4,6 +4,14 @@
 
 mod boot;
 mod command_refusals;
+mod fault_clock;
+mod fault_disks;
+mod fault_frame;
+mod fault_kills;
+mod fault_log_writes;
+mod fault_network;
+mod fault_power;
+mod fault_resync;
 mod module_faults;
 mod module_intent;
 mod module_life;
@@ -22,3 +30,6 @@ mod replication_recovery;
 mod replication_refusals;
 mod replication_resync;
 mod replication_rig;
+mod sets_database;
+mod sets_isolation;
+mod sets_order;

@@ -395,9 +395,15 @@ impl Worker {
             let connected = self.connect(stream);
             let end = match connected {
                 Ok(session) => {
-                    pause = RETRY_MIN;
-                    said.clear();
-                    self.ship(stream, session)
+                    let (before, begin) = (stream.ring().released(), Instant::now());
+                    let end = self.ship(stream, session);
+                    // A target that welcomes and then takes nothing (its journal is full) is no better than none.
+                    let went_on = stream.ring().released() > before;
+                    if went_on || begin.elapsed() > self.config.retry_max() {
+                        pause = RETRY_MIN;
+                        said.clear();
+                    }
+                    end
                 }
                 Err(end) => end,
             };

@@ -722,7 +722,7 @@ impl Applier {
             };
             let text = format!("{what}: {error}; it is tried again every second, nothing is lost");
             tracing::error!("{text}.");
-            self.outlet.send(&Message::Notice(Notice { code, text }));
+            self.outlet.trouble(Notice { code, text });
         }
         if self.flags.must_end() {
             return false;
@@ -737,7 +737,7 @@ impl Applier {
             let text = "All volumes can be used again".to_owned();
             tracing::info!("{text}.");
             let code = Code::OK;
-            self.outlet.send(&Message::Notice(Notice { code, text }));
+            self.outlet.relief(Notice { code, text });
         }
     }
 }

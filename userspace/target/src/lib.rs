@@ -21,6 +21,7 @@
 pub mod applier;
 pub mod catalog;
 pub mod config;
+pub mod door;
 pub mod journal;
 pub mod outlet;
 pub mod replica;

@@ -4,7 +4,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use dtloop_core::binding::Refusal;
@@ -17,6 +17,7 @@ use dtloop_proto::message::{Hello, Refuse, Welcome, bounded_text};
 use dtloop_proto::{Code, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
+use crate::door::Place;
 use crate::journal::{BatchInfo, JournalError};
 use crate::replica::{Replica, Writer};
 use crate::server::Shared;
@@ -27,6 +28,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A source sends at least a ping in this time, or it is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// How often it is looked whether the applier, which a new session waits for, is held up.
+const TROUBLE_TICK: Duration = Duration::from_millis(500);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -85,19 +89,22 @@ impl SessionEnd {
     }
 }
 
-/// Serves a connection to its end.
-pub fn serve(shared: &Arc<Shared>, mut connection: Connection) {
+/// Serves a connection to its end; it gives its place at the door up when it has said hello.
+pub fn serve(shared: &Arc<Shared>, mut connection: Connection, place: Place) {
     let peer = connection
         .peer()
         .map_or_else(|_| "an unknown peer".to_owned(), |peer| peer.to_string());
     let hello = match receive_hello(&mut connection) {
         Ok(hello) => hello,
         Err(end) => {
-            tracing::warn!("{peer} was not understood: {end}.");
+            shared
+                .door
+                .complain(&format!("{peer} was not understood: {end}."));
             refuse(&mut connection, &end);
             return;
         }
     };
+    drop(place);
     let (set, source) = (hello.set.clone(), hello.source_id);
     match receive(shared, connection, hello) {
         end @ (SessionEnd::Closed
@@ -106,6 +113,10 @@ pub fn serve(shared: &Arc<Shared>, mut connection: Connection) {
         | SessionEnd::Io(_)) => {
             tracing::info!("Set \"{set}\" of source {source} at {peer} is disconnected: {end}.");
         }
+        // It may come again and again, as long as the reason lasts.
+        end @ SessionEnd::Refused(_) => shared.door.complain(&format!(
+            "Set \"{set}\" of source {source} at {peer} was refused: {end}."
+        )),
         end => {
             tracing::error!("Set \"{set}\" of source {source} at {peer} is disconnected: {end}.");
         }
@@ -220,8 +231,20 @@ fn welcome(
         let text = format!("Set \"{set}\" is no longer applied; look at the log of dttarget");
         Refusal::new(Code::INTERNAL, text)
     };
+    // A disk that fails holds the applier up for as long as it does. The source learns that, instead of waiting.
+    let no_trouble = || match replica.outlet.present_trouble() {
+        Some(notice) => Err(Refusal::new(notice.code, notice.text)),
+        None => Ok(()),
+    };
+    no_trouble()?;
     writer.commands.send(enter).map_err(|_| gone())?;
-    let entered = answer.recv().map_err(|_| gone())??;
+    let entered = loop {
+        match answer.recv_timeout(TROUBLE_TICK) {
+            Ok(entered) => break entered?,
+            Err(RecvTimeoutError::Timeout) => no_trouble()?,
+            Err(RecvTimeoutError::Disconnected) => return Err(gone().into()),
+        }
+    };
     match entered.admission {
         Admission::Resume => {}
         Admission::NewStream => writer.sequence = Sequencer::new(first_seq),
