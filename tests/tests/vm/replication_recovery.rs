@@ -75,9 +75,10 @@ fn a_power_cut_of_the_source_costs_the_marked_regions() -> Result<()> {
 fn an_intent_file_that_cannot_be_relied_on_is_named_and_everything_compared() -> Result<()> {
     let mut rig = Rig::pair(32)?;
     rig.begin(OPTIONS)?;
-    rig.source()
-        .sh(format!("cp --sparse=never {INTENT} /root/older; sync"))?;
-    // Something to be told about: another version of the file.
+    rig.source().sh(format!(
+        "dd if={INTENT} of=/root/older bs=64k iflag=direct conv=fsync status=none"
+    ))?;
+    // Past the page cache, which knows nothing of what the kernel writes there. Something to be told about: another version of the file.
     rig.write(3, 1)?;
     rig.wait()?;
     wait_until("the version to be told", patience(20), told(&rig))?;
