@@ -243,11 +243,24 @@ pub const FEATURE_BLOCK: u64 = 1 << 1;
 pub const FEATURE_SYNC: u64 = 1 << 2;
 /// Feature bit: the write-intent map.
 pub const FEATURE_INTENT: u64 = 1 << 3;
+/// Feature bit: `POLICY_THROTTLE`.
+pub const FEATURE_THROTTLE: u64 = 1 << 4;
 
 /// Full-ring policy: mark the range dirty and let the write through.
 pub const POLICY_TRACK: u32 = 0;
 /// Full-ring policy: wait for room.
 pub const POLICY_BLOCK: u32 = 1;
+/// Full-ring policy: slow changes down as the ring fills, and when it is full nevertheless, track.
+pub const POLICY_THROTTLE: u32 = 2;
+
+/// [`POLICY_THROTTLE`] begins to delay when this part of the ring is in use, in percent, if the caller asks for 0.
+pub const THROTTLE_START_DEFAULT: u32 = 50;
+/// And ends when less than this is, in percent.
+pub const THROTTLE_STOP_DEFAULT: u32 = 25;
+/// Delay of a change when the ring is full, in milliseconds; less in proportion.
+pub const THROTTLE_DELAY_MS_DEFAULT: u32 = 50;
+/// Largest delay that can be asked for, in milliseconds.
+pub const THROTTLE_DELAY_MS_MAX: u32 = 10_000;
 
 /// What the module is; no privilege beyond opening the file.
 #[repr(C)]
@@ -308,7 +321,7 @@ pub struct StreamDestroy {
 }
 const _: () = assert!(size_of::<StreamDestroy>() == 64);
 
-/// Change a stream's full-ring policy.
+/// Change a stream's full-ring policy. `EINVAL` for one that does not exist, or levels out of order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StreamSet {
@@ -316,8 +329,16 @@ pub struct StreamSet {
     pub stream_id: u32,
     /// In: `POLICY_*`.
     pub policy: u32,
+    /// In: for [`POLICY_THROTTLE`], in percent, 1..=100; 0: the default.
+    pub throttle_start: u32,
+    /// In: in percent, below the start; 0: the default, or half of a start that is not above it.
+    pub throttle_stop: u32,
+    /// In: in milliseconds, up to [`THROTTLE_DELAY_MS_MAX`]; 0: the default.
+    pub throttle_delay_ms: u32,
     /// Must be zero.
-    pub reserved: [u64; 7],
+    pub reserved0: u32,
+    /// Must be zero.
+    pub reserved: [u64; 5],
 }
 const _: () = assert!(size_of::<StreamSet>() == 64);
 
@@ -327,6 +348,8 @@ pub const STREAM_CONSUMER: u32 = 1 << 0;
 pub const STREAM_GAP: u32 = 1 << 1;
 /// Status flag of a stream: the consumer wrote a bad `released`; it must reopen.
 pub const STREAM_BAD_CONSUMER: u32 = 1 << 2;
+/// Status flag of a stream: changes are being delayed.
+pub const STREAM_THROTTLING: u32 = 1 << 3;
 
 /// Everything about a stream. `ENOENT` when there is none (no more).
 #[repr(C)]
@@ -385,10 +408,20 @@ pub struct StreamStatus {
     pub bad_releases: u64,
     /// Out: devices attached.
     pub devices: u32,
+    /// Out: see [`StreamSet`].
+    pub throttle_start: u32,
+    /// Out: see [`StreamSet`].
+    pub throttle_stop: u32,
+    /// Out: see [`StreamSet`].
+    pub throttle_delay_ms: u32,
+    /// Out: changes that were delayed (`POLICY_THROTTLE`).
+    pub throttles: u64,
+    /// Out: nanoseconds they were delayed in all.
+    pub throttle_ns: u64,
+    /// Out: the longest of these delays in nanoseconds.
+    pub throttle_ns_max: u64,
     /// Must be zero.
-    pub reserved0: u32,
-    /// Must be zero.
-    pub reserved: [u64; 8],
+    pub reserved: [u64; 4],
 }
 const _: () = assert!(size_of::<StreamStatus>() == 320);
 

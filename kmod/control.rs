@@ -65,10 +65,10 @@ fn change(cmd: u32, arg: usize) -> Result<isize> {
         abi::IOC_STREAM_DESTROY => exchange(arg, destroy_stream),
         abi::IOC_STREAM_SET => exchange(arg, |request: abi::StreamSet| {
             zero(request.reserved)?;
-            with_registry(|registry| {
-                let stream = registry.stream(request.stream_id).ok_or(ENOENT)?;
-                stream.set_policy(request.policy)
-            })?;
+            if request.reserved0 != 0 {
+                return Err(EINVAL);
+            }
+            find_stream(request.stream_id)?.set_policy(&request)?;
             Ok(request)
         }),
         abi::IOC_STREAM_INTENT => exchange(arg, set_intents),
@@ -105,7 +105,11 @@ fn features(request: abi::Features) -> Result<abi::Features> {
     Ok(abi::Features {
         abi_version: abi::ABI_VERSION,
         reserved0: 0,
-        features: abi::FEATURE_TRACK | abi::FEATURE_BLOCK | abi::FEATURE_SYNC | abi::FEATURE_INTENT,
+        features: abi::FEATURE_TRACK
+            | abi::FEATURE_BLOCK
+            | abi::FEATURE_SYNC
+            | abi::FEATURE_INTENT
+            | abi::FEATURE_THROTTLE,
         record_bytes_max: abi::RECORD_BYTES_MAX,
         auto_first: with_registry(|registry| registry.auto_first()),
         reserved: [0; 5],

@@ -36,6 +36,17 @@ pub struct StreamRequest {
     pub policy: u32,
 }
 
+/// Levels of [`raw::POLICY_THROTTLE`]; 0: the module's default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Throttle {
+    /// Changes are delayed when this part of the ring is in use, in percent.
+    pub start_percent: u32,
+    /// And no longer when less than this is, in percent; below the start.
+    pub stop_percent: u32,
+    /// Delay of a change when the ring is full, in milliseconds; less in proportion.
+    pub delay_ms: u32,
+}
+
 /// How [`Control::attach`] is told the backing device.
 #[derive(Clone, Copy, Debug)]
 pub enum Backing<'a> {
@@ -198,10 +209,13 @@ impl Control {
     }
 
     /// Changes what happens when a stream's ring is full.
-    pub fn set_policy(&self, stream_id: u32, policy: u32) -> Result<()> {
+    pub fn set_policy(&self, stream_id: u32, policy: u32, throttle: Throttle) -> Result<()> {
         let mut argument = raw::StreamSet {
             stream_id,
             policy,
+            throttle_start: throttle.start_percent,
+            throttle_stop: throttle.stop_percent,
+            throttle_delay_ms: throttle.delay_ms,
             ..Default::default()
         };
         self.call(Operation::StreamSet, &ioctls::STREAM_SET, &mut argument)
@@ -389,8 +403,13 @@ impl raw::StreamStatus {
             wakeups: 0,
             bad_releases: 0,
             devices: 0,
-            reserved0: 0,
-            reserved: [0; 8],
+            throttle_start: 0,
+            throttle_stop: 0,
+            throttle_delay_ms: 0,
+            throttles: 0,
+            throttle_ns: 0,
+            throttle_ns_max: 0,
+            reserved: [0; 4],
         }
     }
 

@@ -149,7 +149,9 @@ impl Operation {
                 Self::StreamSet | Self::StreamStatus | Self::StreamOpen | Self::IntentStatus,
                 Errno::ENOENT,
             ) => Some("there is no such stream; dtloop status lists them"),
-            (Self::StreamSet, Errno::EINVAL) => Some("the policy is unknown to the module"),
+            (Self::StreamSet, Errno::EINVAL) => Some(
+                "the policy is unknown to the module, or its levels are not 1 to 100 with the stop below the start",
+            ),
             (Self::StreamOpen, Errno::EBUSY) => {
                 Some("another consumer has it open; is a second agent running?")
             }

@@ -67,7 +67,9 @@ mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use control::{AttachRequest, Attached, Backing, CONTROL_PATH, Control, StreamRequest};
+pub use control::{
+    AttachRequest, Attached, Backing, CONTROL_PATH, Control, StreamRequest, Throttle,
+};
 pub use error::{Error, Operation, Result};
 pub use intent::{Found, IntentRequest};
 pub use loop_control::{LOOP_CONTROL_PATH, LoopControl};

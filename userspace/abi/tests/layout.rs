@@ -73,6 +73,8 @@ fn offsets_are_what_they_were() {
     assert_eq!(offset_of!(raw::StreamStatus, stream_uuid), 72);
     assert_eq!(offset_of!(raw::StreamStatus, next_seq), 128);
     assert_eq!(offset_of!(raw::StreamStatus, devices), 248);
+    assert_eq!(offset_of!(raw::StreamStatus, throttles), 264);
+    assert_eq!(offset_of!(raw::StreamSet, throttle_delay_ms), 16);
     assert_eq!(offset_of!(raw::Attach, number), 32);
     assert_eq!(offset_of!(raw::Attach, label), 48);
     assert_eq!(offset_of!(raw::DeviceStatus, backing_name), 32);
@@ -136,5 +138,8 @@ fn constants_are_what_they_were() {
         (raw::STATE_RESERVED, raw::STATE_COMMITTED, raw::STATE_FAILED),
         (1, 2, 3)
     );
-    assert_eq!((raw::POLICY_TRACK, raw::POLICY_BLOCK), (0, 1));
+    assert_eq!(
+        (raw::POLICY_TRACK, raw::POLICY_BLOCK, raw::POLICY_THROTTLE),
+        (0, 1, 2)
+    );
 }

@@ -214,6 +214,15 @@ pub(crate) struct Set {
         conflicts_with = "remove"
     )]
     pub(crate) policy: Option<Policy>,
+    /// Policy throttle: begin to delay writes when so much of the memory is in use, in percent [default: 50]
+    #[arg(long, value_name = "PERCENT", requires = "policy", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) throttle_start: Option<u32>,
+    /// Policy throttle: end when less than this is in use; below the start [default: 25, or half of the start]
+    #[arg(long, value_name = "PERCENT", requires = "policy", value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub(crate) throttle_stop: Option<u32>,
+    /// Policy throttle: delay of a write when the memory is full, in milliseconds; less in proportion [default: 50]
+    #[arg(long, value_name = "MS", requires = "policy", value_parser = clap::value_parser!(u32).range(1..=i64::from(raw::THROTTLE_DELAY_MS_MAX)))]
+    pub(crate) throttle_delay: Option<u32>,
     /// Remove the set, which has no device any more
     #[arg(long)]
     pub(crate) remove: bool,
@@ -300,6 +309,8 @@ pub(crate) enum Policy {
     Track,
     /// Writes wait for the agent
     Block,
+    /// Writes are slowed down as it fills, and when it is full nevertheless, tracked
+    Throttle,
 }
 
 impl Policy {
@@ -307,6 +318,7 @@ impl Policy {
         match self {
             Self::Track => raw::POLICY_TRACK,
             Self::Block => raw::POLICY_BLOCK,
+            Self::Throttle => raw::POLICY_THROTTLE,
         }
     }
 }

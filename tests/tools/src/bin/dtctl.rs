@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser};
 use dtloop_abi::{
     AttachRequest, Backing, CaptureStream, Control, Extent, Found, IntentRequest, LoopControl,
-    Name, Stream, StreamRequest, raw,
+    Name, Stream, StreamRequest, Throttle, raw,
 };
 use dtloop_tools::compare::compare;
 use dtloop_tools::detach::detach;
@@ -30,7 +30,16 @@ enum Command {
         discard: bool,
     },
     /// Set the full-ring policy
-    Policy { set: String, policy: String },
+    Policy {
+        set: String,
+        policy: String,
+        #[arg(long, default_value_t = 0)]
+        start: u32,
+        #[arg(long, default_value_t = 0)]
+        stop: u32,
+        #[arg(long, default_value_t = 0)]
+        delay: u32,
+    },
     /// Attach a block device; prints the loop number
     Attach(Attach),
     /// Detach a loop device
@@ -174,9 +183,20 @@ fn main() -> Result<()> {
             let control = Control::open()?;
             control.destroy_stream(stream(&control, &set)?, discard)?;
         }
-        Command::Policy { set, policy: name } => {
+        Command::Policy {
+            set,
+            policy: name,
+            start,
+            stop,
+            delay,
+        } => {
             let control = Control::open()?;
-            control.set_policy(stream(&control, &set)?, policy(&name)?)?;
+            let throttle = Throttle {
+                start_percent: start,
+                stop_percent: stop,
+                delay_ms: delay,
+            };
+            control.set_policy(stream(&control, &set)?, policy(&name)?, throttle)?;
         }
         Command::Attach(request) => println!("{}", attach(&request)?),
         Command::Detach {
@@ -308,6 +328,7 @@ fn policy(name: &str) -> Result<u32> {
     match name {
         "track" => Ok(raw::POLICY_TRACK),
         "block" => Ok(raw::POLICY_BLOCK),
+        "throttle" => Ok(raw::POLICY_THROTTLE),
         _ => bail!("no policy {name}"),
     }
 }
@@ -443,11 +464,12 @@ macro_rules! fields {
 fn stream_json(status: &raw::StreamStatus) -> Value {
     let mut value = fields!(status: stream_id, policy, desc_count, payload_bytes, ring_bytes, next_seq, committed,
         released, epoch, used_bytes, sync_bytes, sync_bytes_max, gaps, gap_changes, gap_sectors, room_waits,
-        room_wait_ns, room_wait_ns_max, wakeups, bad_releases, devices);
+        room_wait_ns, room_wait_ns_max, wakeups, bad_releases, devices, throttles, throttle_ns, throttle_ns_max);
     for (name, flag) in [
         ("consumer", raw::STREAM_CONSUMER),
         ("gap", raw::STREAM_GAP),
         ("bad_consumer", raw::STREAM_BAD_CONSUMER),
+        ("throttling", raw::STREAM_THROTTLING),
     ] {
         value[name] = json!(status.has(flag));
     }

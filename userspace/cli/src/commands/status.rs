@@ -177,8 +177,9 @@ fn stream_json(stream: &raw::StreamStatus) -> Value {
     let mut object = fields!(StreamStatus {
         stream_id, flags, desc_count, payload_bytes, ring_bytes, next_seq, committed, released,
         epoch, used_bytes, sync_bytes, sync_bytes_max, gaps, gap_changes, gap_sectors, room_waits,
-        room_wait_ns, room_wait_ns_max, wakeups, bad_releases, devices;
-        name, stream_uuid, policy, desc_offset, payload_offset, reserved0, reserved
+        room_wait_ns, room_wait_ns_max, wakeups, bad_releases, devices, throttle_start, throttle_stop,
+        throttle_delay_ms, throttles, throttle_ns, throttle_ns_max;
+        name, stream_uuid, policy, desc_offset, payload_offset, reserved
     } = stream);
     object.insert("policy".into(), policy_name(stream.policy).into());
     let uuid = format!("{:032x}", u128::from_be_bytes(stream.stream_uuid));
@@ -189,10 +190,11 @@ fn stream_json(stream: &raw::StreamStatus) -> Value {
     object.into()
 }
 
-const STREAM_FLAGS: [(&str, u32); 3] = [
+const STREAM_FLAGS: [(&str, u32); 4] = [
     ("consumer", raw::STREAM_CONSUMER),
     ("gap", raw::STREAM_GAP),
     ("bad_consumer", raw::STREAM_BAD_CONSUMER),
+    ("throttling", raw::STREAM_THROTTLING),
 ];
 
 const DEVICE_FLAGS: [(&str, u32); 6] = [
