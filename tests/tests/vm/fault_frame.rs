@@ -33,6 +33,11 @@ pub(crate) enum Resend {
         /// Losses.
         times: u64,
     },
+    /// The regions that were marked when the source ended, of so many bytes each; sent, what differed in them.
+    Marked {
+        /// Size of a region.
+        region_bytes: u64,
+    },
 }
 
 /// A mirrored device, and what happens to it.
@@ -192,9 +197,21 @@ impl Story {
     fn check_resent(&self, resend: Resend, looked_at: u64, sent: u64) -> Result<()> {
         let most = match resend {
             Resend::Nothing => 0,
-            // A difference mirror reads all, and again what differs and is sent. With the write-intent map it will be the
-            // marked regions.
+            // A difference mirror reads all, and again what differs and is sent.
             Resend::Compared { times } => times * self.bytes + sent,
+            Resend::Marked { region_bytes } => {
+                let cost = self.rig.device()?["agent"]["last_recovery"].clone();
+                note(format!("it cost {cost}"));
+                let field = |name: &str| {
+                    let value = cost[name].as_u64();
+                    value.with_context(|| format!("{name} in {cost}"))
+                };
+                ensure!(cost["complete"] == true, "{cost}");
+                let marked = field("regions")? * region_bytes;
+                ensure!(field("compared_bytes")? <= marked, "{cost}");
+                ensure!(field("sent_bytes")? <= field("compared_bytes")?, "{cost}");
+                field("compared_bytes")? + sent
+            }
         };
         if looked_at > most {
             bail!(

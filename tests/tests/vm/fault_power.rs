@@ -12,6 +12,10 @@ use crate::fault_frame::{Resend, Story};
 
 const MIB: u64 = 64;
 
+/// Small regions: the loads of a moment do not mark all.
+const OPTIONS: &str = "--region-size 64K";
+const REGION_BYTES: u64 = 64 << 10;
+
 #[test]
 fn a_source_without_power_is_made_good_past_the_host_cache() -> Result<()> {
     source_ends(Cache::None, if full_run() { 20 } else { 3 }, |story| {
@@ -44,7 +48,7 @@ fn a_panic_of_the_source_is_made_good() -> Result<()> {
 /// and made equal by itself afterwards.
 fn source_ends(cache: Cache, rounds: u64, end: impl Fn(&mut Story) -> Result<()>) -> Result<()> {
     let disk = Disk::new("disk", MIB).cache(cache);
-    let mut story = Story::pair_with(disk, MIB, "")?;
+    let mut story = Story::pair_with(disk, MIB, OPTIONS)?;
     for round in 1..=rounds {
         // What one writer did can be told without its log; many writers at full speed leave more on their way.
         let single = round % 2 == 1;
@@ -66,9 +70,11 @@ fn source_ends(cache: Cache, rounds: u64, end: impl Fn(&mut Story) -> Result<()>
         }
         story.rig.source_mut().power_on()?;
         story.counts_anew();
-        story.rig.attach("")?;
+        story.rig.attach(OPTIONS)?;
         story.rig.start_agent()?;
-        story.settles(Resend::Compared { times: 1 })?;
+        story.settles(Resend::Marked {
+            region_bytes: REGION_BYTES,
+        })?;
     }
     let load = story.load()?;
     story.wait_writes(50)?;
