@@ -167,3 +167,58 @@ fn a_full_target_disk_holds_the_source_back_with_the_reason() -> Result<()> {
     }
     story.finish(Resend::Nothing)
 }
+
+/// The disk of the journal fails, its file system gives up, and is repaired: the reason is told, writers go on, and what was
+/// acknowledged is still there.
+#[test]
+fn a_journal_disk_that_fails_loses_nothing() -> Result<()> {
+    const PLACE: &str = "/var/lib/dtloop/target";
+    let vm = Vm::builder("both")
+        .disk(Disk::new("disk", MIB))
+        .disk(Disk::new("journal", 256))
+        .start()?;
+    let node = vm.device("journal")?;
+    let table = |what: &str| format!("0 $(blockdev --getsz {node}) {what}");
+    vm.sh(format!(
+        "dmsetup create journal --table \"{}\"; udevadm settle; mkfs.ext4 -q /dev/mapper/journal
+         mkdir -p {PLACE}; mount /dev/mapper/journal {PLACE}",
+        table(&format!("linear {node} 0"))
+    ))?;
+    let rig = Rig::with(vm, None, MIB)?;
+    rig.begin("")?;
+    let mut story = Story::of(rig, MIB)?;
+    let load = story.single_load(100)?;
+    let swap = |story: &Story, what: &str| {
+        story.rig.target().sh(format!(
+            "dmsetup load journal --table \"{}\"; dmsetup resume journal --noflush --nolockfs",
+            table(what)
+        ))
+    };
+    swap(&story, "error")?;
+    let mut last = String::new();
+    let told = wait_until("the reason", patience(60), || {
+        last = story.rig.set()?["connection"].to_string();
+        Ok(last.contains("cannot be written"))
+    });
+    if told.is_err() {
+        bail!("no reason in {last}\n{}", story.rig.agent_log()?);
+    }
+    note(&last);
+    story.wait_writes(50)?;
+    story.rig.kill_target()?;
+    swap(&story, &format!("linear {node} 0"))?;
+    story.rig.target().sh(format!(
+        "umount {PLACE}; e2fsck -fp /dev/mapper/journal || [ $? = 1 ]; mount /dev/mapper/journal {PLACE}"
+    ))?;
+    // What is there before anybody brings more.
+    story.rig.kill_agent()?;
+    story.rig.start_target()?;
+    story.rig.stop_target()?;
+    story.holds_a_prefix()?;
+    story.rig.start_target()?;
+    story.rig.start_agent()?;
+    story.wait_writes(50)?;
+    story.end_load(load)?;
+    ensure!(story.rig.counter("tracked")? == 0, "the ring was full");
+    story.finish(Resend::Nothing)
+}
