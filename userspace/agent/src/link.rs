@@ -54,6 +54,8 @@ pub struct Link {
     read: usize,
     /// When something was last received.
     pub heard: Instant,
+    /// How long the socket took nothing while something was to be sent; whoever looks at it takes it.
+    pub blocked: Duration,
 }
 
 impl Link {
@@ -80,6 +82,7 @@ impl Link {
                         inbox: vec![],
                         read: 0,
                         heard: Instant::now(),
+                        blocked: Duration::ZERO,
                     });
                 }
                 Err(error) => last = error,
@@ -129,7 +132,9 @@ impl Link {
                     if moved.elapsed() > SILENCE_MAX && self.heard.elapsed() > SILENCE_MAX {
                         return Err(LinkError::Silent);
                     }
+                    let begin = Instant::now();
                     self.wait(true, &[], Duration::from_secs(1))?;
+                    self.blocked += begin.elapsed();
                     self.receive()?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -116,6 +116,12 @@ impl Pace {
         self.bucket.limit().rate()
     }
 
+    /// The configured maximum.
+    #[must_use]
+    pub fn max(&self) -> Limit {
+        self.max
+    }
+
     /// The rate below which it does not fall.
     #[must_use]
     pub fn floor(&self) -> u64 {
