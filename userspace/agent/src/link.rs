@@ -25,6 +25,10 @@ const INBOX_BYTES_MAX: usize = 4 << 20;
 /// Bytes read at once.
 const READ_BYTES: usize = 16 << 10;
 
+/// Most bytes that wait in the socket: enough to keep a fast link busy between two batches, little enough to see soon
+/// that a link is slow.
+const UNSENT_BYTES_MAX: u32 = 512 << 10;
+
 /// Why a connection cannot be used any more.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
@@ -75,6 +79,7 @@ impl Link {
                     let TransportKind::Plaintext = transport;
                     stream.set_nodelay(true)?;
                     stream.set_nonblocking(true)?;
+                    dtloop_abi::limit_unsent(stream.as_fd(), UNSENT_BYTES_MAX)?;
                     let chunk = vec![0; READ_BYTES].into_boxed_slice();
                     return Ok(Self {
                         stream,

@@ -243,6 +243,15 @@ impl Lab {
         })
     }
 
+    /// Waits until a change of that size surely finds room in the ring.
+    pub fn await_room(&self, bytes: u64) {
+        let deadline = Instant::now() + DEADLINE;
+        while self.stream.status().unwrap().used_bytes + bytes > 2 << 20 {
+            assert!(Instant::now() < deadline, "the ring is never emptied");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     pub fn is_dirty(&self) -> bool {
         self.stream
             .devices()
