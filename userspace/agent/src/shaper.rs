@@ -133,7 +133,7 @@ impl Shaper {
         &mut self,
         outbox: &mut Outbox,
         session: u64,
-        hold: &Hold,
+        hold: Option<&Hold>,
     ) -> Result<(), ShipError> {
         self.compressor.pack(outbox, session, hold)
     }

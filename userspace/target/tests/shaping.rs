@@ -188,20 +188,31 @@ fn compressed_changes_survive_cuts_and_killed_targets() {
 #[test]
 fn a_slow_link_is_compressed_for_when_the_data_shrinks() {
     let lab = Lab::new(SECTORS);
+    // Made before, so that the link is the bottleneck also on a machine that is busy.
+    let payloads: Vec<_> = (0..320).map(|step| text(step, 64 * 512)).collect();
     let target = lab.start_target();
-    let slow = Slow::new(target.address, 2 << 20);
+    let slow = Slow::new(target.address, 768 << 10);
     let mut agent = lab.start_agent_to(slow.address);
     agent.target = Some(target);
     mirror(&mut agent);
     agent.wait_in_sync();
     let before = shaping(&agent).compression;
     let carried = slow.carried.load(Ordering::Relaxed);
-    write_text(&lab, 3, 4);
+    let mut packed = String::new();
+    for (step, payload) in payloads.iter().enumerate() {
+        lab.await_room(payload.len() as u64);
+        lab.write(step as u64 * 64 % SECTORS, payload);
+        let compression = shaping(&agent).compression;
+        if compression.current != "off" {
+            packed = compression.current;
+        }
+    }
     agent.wait_in_sync();
     let after = shaping(&agent).compression;
     let raw = after.raw_bytes - before.raw_bytes;
     let wire = slow.carried.load(Ordering::Relaxed) - carried;
-    assert!(wire < raw * 6 / 10, "{wire} of {raw}, {after:?}");
+    assert!(wire < raw * 7 / 10, "{wire} of {raw}, {after:?}");
+    assert!(!packed.is_empty(), "it never said so: {after:?}");
     lab.assert_identical();
     agent.stop();
 }

@@ -112,7 +112,8 @@ impl Worker {
         if session.outbox.is_empty() && seq == first {
             return Ok(false);
         }
-        self.shaper.pack(&mut session.outbox, session.id, &hold)?;
+        self.shaper
+            .pack(&mut session.outbox, session.id, Some(&hold))?;
         let wire = session.outbox.bytes();
         self.totals.sent_bytes += wire as u64;
         session.outbox.send(&mut session.link, Some(&hold))?;

@@ -121,7 +121,7 @@ impl Compressor {
         &mut self,
         outbox: &mut Outbox,
         session: u64,
-        hold: &Hold,
+        hold: Option<&Hold>,
     ) -> Result<(), ShipError> {
         let bytes = outbox.bytes();
         self.counts = bytes >= RAW_BYTES_MIN && !outbox.has_control();
@@ -135,7 +135,7 @@ impl Compressor {
         match self.plan() {
             Plan::Plain => return Ok(()),
             Plan::Sample(method) => {
-                outbox.gather(Some(hold), SAMPLE_BYTES, &mut self.raw)?;
+                outbox.gather(hold, SAMPLE_BYTES, &mut self.raw)?;
                 let begin = Instant::now();
                 let packed = self
                     .packer
@@ -148,7 +148,7 @@ impl Compressor {
             Plan::Pack(method) => {
                 let method = self.methods[method];
                 self.current = Some(method);
-                outbox.gather(Some(hold), usize::MAX, &mut self.raw)?;
+                outbox.gather(hold, usize::MAX, &mut self.raw)?;
                 let limit = self.raw.len().min(PAYLOAD_BYTES_MAX);
                 let packed = self
                     .packer
