@@ -194,6 +194,9 @@ pub struct Adaptive {
     misses: u32,
     /// The socket was full since a recheck began.
     filled: bool,
+    measured: bool,
+    /// Raw bytes per second of the batch for which the socket was first waited for, until a window says it better.
+    hint: Option<f64>,
 }
 
 impl Adaptive {
@@ -216,6 +219,8 @@ impl Adaptive {
             recheck_at: Duration::ZERO,
             misses: 0,
             filled: false,
+            measured: false,
+            hint: None,
         }
     }
 
@@ -231,11 +236,17 @@ impl Adaptive {
         (self.busy, self.lost)
     }
 
-    /// Raw bytes per second of the last whole window; `None` while the link is not the bottleneck.
+    /// Whether it is known by now if the link is the bottleneck. Until then, batches had better be short.
+    #[must_use]
+    pub fn has_measured(&self) -> bool {
+        self.measured
+    }
+
+    /// Raw bytes per second lately; `None` while the link is not the bottleneck.
     #[must_use]
     pub fn raw_rate(&self) -> Option<u64> {
         let rate = match self.state {
-            State::Plain => self.plain_rate.filter(|_| self.pressed)?,
+            State::Plain => self.plain_rate.filter(|_| self.pressed).or(self.hint)?,
             _ => self.packed_rate.max(self.plain_rate?),
         };
         #[expect(
@@ -366,12 +377,16 @@ impl Adaptive {
         if !self.filled && !batch.pressed.is_zero() {
             // A window that began before the socket was full would take the buffer for the link.
             self.filled = true;
+            self.measured = true;
+            self.hint = Some(batch.raw as f64 / batch.busy.as_secs_f64().max(1e-9));
             self.window = Window::default();
             return;
         }
         if !self.window.is_full() {
             return;
         }
+        self.measured = true;
+        self.hint = None;
         self.pressed = self.window.is_pressed();
         if self.pressed {
             self.plain_rate = Some(self.window.rate());

@@ -37,6 +37,9 @@ const BATCHES_PER_S: u64 = 10;
 /// The smallest batch: below, a compressor has too little to look back at.
 const BATCH_BYTES_MIN: usize = 64 << 10;
 
+/// The size of a batch until the link is known: a megabyte could be a minute of a slow one.
+const BATCH_BYTES_FIRST: usize = 256 << 10;
+
 /// See the module documentation.
 #[derive(Debug)]
 pub(super) struct Compressor {
@@ -101,7 +104,13 @@ impl Compressor {
     /// How large a batch should be.
     pub(super) fn batch_bytes(&self) -> usize {
         let Some(rate) = self.adaptive.raw_rate() else {
-            return PAYLOAD_BYTES_MAX;
+            let measures =
+                self.configured == Compression::Adaptive && !self.adaptive.has_measured();
+            return if measures {
+                BATCH_BYTES_FIRST
+            } else {
+                PAYLOAD_BYTES_MAX
+            };
         };
         let bytes = usize::try_from(rate / BATCHES_PER_S).unwrap_or(PAYLOAD_BYTES_MAX);
         bytes.clamp(BATCH_BYTES_MIN, PAYLOAD_BYTES_MAX)
