@@ -230,8 +230,18 @@ const NEXT_KEPT_S: i64 = 600;
 pub struct Governor {
     schedule: Schedule,
     manual: Option<(Limit, Ends)>,
-    /// When the next change was looked for, what counted then, and what was found.
-    next: Option<(i64, Option<usize>, Option<(i64, Limit)>)>,
+    found: Option<Found>,
+}
+
+/// What a look for the next change found.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    /// When it was looked for.
+    asked: i64,
+    /// What counted then.
+    entry: Option<usize>,
+    /// When something else counts, and which limit.
+    change: Option<(i64, Limit)>,
 }
 
 impl Governor {
@@ -297,18 +307,18 @@ impl Governor {
         entry: Option<usize>,
         clock: &impl LocalClock,
     ) -> Option<(u64, Limit)> {
-        let fresh = self.next.filter(|(asked, index, change)| {
-            let passed = change.is_some_and(|(at, _)| unix_s >= at);
-            *index == entry && !passed && (*asked..*asked + NEXT_KEPT_S).contains(&unix_s)
-        });
-        let change = match fresh {
-            Some((.., change)) => change,
-            None => {
-                let change = self.schedule.next_change(unix_s, clock);
-                self.next = Some((unix_s, entry, change));
-                change
-            }
+        let is_fresh = |found: &Found| {
+            let passed = found.change.is_some_and(|(at, _)| unix_s >= at);
+            let kept = found.asked..found.asked.saturating_add(NEXT_KEPT_S);
+            found.entry == entry && !passed && kept.contains(&unix_s)
         };
+        let found = self.found.filter(is_fresh).unwrap_or_else(|| Found {
+            asked: unix_s,
+            entry,
+            change: self.schedule.next_change(unix_s, clock),
+        });
+        self.found = Some(found);
+        let change = found.change;
         change.map(|(at, limit)| (u64::try_from(at - unix_s).unwrap_or(0), limit))
     }
 }

@@ -3,7 +3,11 @@
 //! Adaptive compression over a simulated link: never slower than without, near the best where there is something to
 //! gain.
 
-#![expect(clippy::unwrap_used, reason = "a test")]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a test with positive figures"
+)]
 
 use std::time::Duration;
 
@@ -225,7 +229,7 @@ fn data_and_link_may_change_on_the_way() {
         methods: shrinking(),
     };
     let mut run = Run::new(slow);
-    let mut seconds = |run: &mut Run, world: World, raw: f64| {
+    let seconds = |run: &mut Run, world: World, raw: f64| {
         run.world = world;
         let (begin, until) = (run.now, run.raw + raw);
         while run.raw < until {
