@@ -6,7 +6,10 @@
 # It cannot see what files that are found at run time set, nor who uses what one file sets for another.
 SHELLCHECK_EXCLUDE=SC1090,SC1091,SC2034,SC2153,SC2015,SC2016
 
-lint_format_userspace() { in_root cargo fmt --manifest-path "$REPO/Cargo.toml" --all --check; }
+lint_format_userspace() {
+    in_root cargo fmt --manifest-path "$REPO/Cargo.toml" --all --check
+    in_root cargo fmt --manifest-path "$REPO/tests/fuzz/Cargo.toml" --check
+}
 
 lint_format_module() {
     local files

@@ -30,6 +30,7 @@ mod replication_recovery;
 mod replication_refusals;
 mod replication_resync;
 mod replication_rig;
+mod replication_shaping;
 mod sets_database;
 mod sets_isolation;
 mod sets_order;

@@ -95,6 +95,21 @@ pub(crate) fn become_io_flusher() -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
+/// Sets an option of TCP whose value is an int.
+pub(crate) fn set_tcp_option(
+    fd: BorrowedFd<'_>,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> nix::Result<()> {
+    let bytes = libc::socklen_t::try_from(size_of_val(&value)).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: The pointer is to `bytes` bytes that live over the call; they are only read.
+    let result = unsafe {
+        let value = std::ptr::from_ref(&value).cast();
+        libc::setsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, option, value, bytes)
+    };
+    Errno::result(result).map(drop)
+}
+
 /// Memory shared with the kernel. Accessed through the methods below only, which check every
 /// offset against the length; nothing hands out a reference except [`Shared::slice`].
 pub(crate) struct Shared(MmapRaw);

@@ -46,6 +46,8 @@
 //!
 //! [`serve_block_io`] is for a consumer for which writers may have to wait.
 //!
+//! [`limit_unsent`] is no matter of the module, but of TCP: it is here because a library that offers it is not in use.
+//!
 //! Apart from the mapping and the system calls in this crate, DTLOOP's userspace has no unsafe
 //! code.
 
@@ -63,6 +65,7 @@ mod name;
 pub mod raw;
 mod ring;
 mod serve;
+mod socket;
 mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -76,4 +79,5 @@ pub use loop_control::{LOOP_CONTROL_PATH, LoopControl};
 pub use name::{Name, bytes_to_str};
 pub use ring::{Geometry, Hold, Record, Ring};
 pub use serve::serve_block_io;
+pub use socket::limit_unsent;
 pub use stream::{CaptureStream, Extent, Stream, SyncRequest, stream_path};

@@ -160,6 +160,12 @@ impl FakeStream {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Stores a word anywhere in the ring, as only a kernel module that is broken would. `word` is taken modulo the length.
+    pub fn scribble(&self, word: usize, value: u64) {
+        let words = self.inner.memory.len() / 8 - RING_AT / 8;
+        self.inner.memory.store(RING_AT + word % words * 8, value);
+    }
+
     /// A device of this many zero sectors joins the stream; returns its id.
     pub fn attach(&self, number: u32, sectors: u64, label: &str) -> u32 {
         let mut model = self.model();

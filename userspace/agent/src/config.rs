@@ -2,11 +2,14 @@
 
 //! `/etc/DT/dtloop.toml`.
 
+mod shaping;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
+pub use shaping::{Bandwidth, Compression, RateMax};
 
 /// Where the configuration is.
 pub const CONFIG_PATH: &str = "/etc/DT/dtloop.toml";
@@ -35,6 +38,18 @@ pub struct SetConfig {
     /// Longest pause before the next attempt to connect, in milliseconds.
     #[serde(default = "default_retry_ms_max")]
     pub retry_ms_max: u64,
+    /// Most bytes per second on the wire, by the hour.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
+    /// Whether what is sent is compressed.
+    #[serde(default)]
+    pub compression: Compression,
+    /// Most bytes per second that a mirror or a verification reads.
+    #[serde(default)]
+    pub mirror_rate: RateMax,
+    /// Most bytes per second that a resync reads.
+    #[serde(default)]
+    pub resync_rate: RateMax,
 }
 
 impl SetConfig {

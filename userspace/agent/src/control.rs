@@ -174,6 +174,10 @@ fn carry_out(sets: &Sets, request: Request, answer: &mut Answer<'_>) -> Done {
             let result = ask(set!(set), |reply| Command::Stop { reply });
             Ok(result.map(|_| Outcome::Ok))
         }
+        Request::Bandwidth { set, change } => {
+            let bandwidth = ask(set!(set), |reply| Command::Bandwidth { change, reply });
+            Ok(bandwidth.map(Outcome::Bandwidth))
+        }
         Request::Wait { set, timeout_ms } => wait(set!(set), timeout_ms, answer),
     }
 }
@@ -198,11 +202,11 @@ fn status(sets: &Sets, name: Option<&str>) -> Result<Outcome, Failure> {
     }))
 }
 
-fn ask(
+fn ask<T>(
     set: &SetShared,
-    command: impl FnOnce(std::sync::mpsc::Sender<Result<u64, Failure>>) -> Command,
-) -> Result<u64, Failure> {
-    let (reply, answer): (_, Receiver<Result<u64, Failure>>) = channel();
+    command: impl FnOnce(std::sync::mpsc::Sender<Result<T, Failure>>) -> Command,
+) -> Result<T, Failure> {
+    let (reply, answer): (_, Receiver<Result<T, Failure>>) = channel();
     set.command(command(reply));
     answer.recv_timeout(ANSWER_TIMEOUT).unwrap_or_else(|_| {
         let message = "The set's thread does not answer; look at the log of dtagent.";

@@ -19,6 +19,7 @@ pub mod config;
 pub mod control;
 pub mod link;
 pub mod set;
+pub mod shaper;
 pub mod ship;
 pub mod snapshot;
 pub mod streams;

@@ -25,6 +25,10 @@ const INBOX_BYTES_MAX: usize = 4 << 20;
 /// Bytes read at once.
 const READ_BYTES: usize = 16 << 10;
 
+/// Most bytes that wait in the socket: enough to keep a fast link busy between two batches, little enough to see soon
+/// that a link is slow.
+const UNSENT_BYTES_MAX: u32 = 512 << 10;
+
 /// Why a connection cannot be used any more.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
@@ -54,6 +58,8 @@ pub struct Link {
     read: usize,
     /// When something was last received.
     pub heard: Instant,
+    /// How long the socket took nothing while something was to be sent; whoever looks at it takes it.
+    pub blocked: Duration,
 }
 
 impl Link {
@@ -73,6 +79,7 @@ impl Link {
                     let TransportKind::Plaintext = transport;
                     stream.set_nodelay(true)?;
                     stream.set_nonblocking(true)?;
+                    dtloop_abi::limit_unsent(stream.as_fd(), UNSENT_BYTES_MAX)?;
                     let chunk = vec![0; READ_BYTES].into_boxed_slice();
                     return Ok(Self {
                         stream,
@@ -80,6 +87,7 @@ impl Link {
                         inbox: vec![],
                         read: 0,
                         heard: Instant::now(),
+                        blocked: Duration::ZERO,
                     });
                 }
                 Err(error) => last = error,
@@ -129,7 +137,9 @@ impl Link {
                     if moved.elapsed() > SILENCE_MAX && self.heard.elapsed() > SILENCE_MAX {
                         return Err(LinkError::Silent);
                     }
+                    let begin = Instant::now();
                     self.wait(true, &[], Duration::from_secs(1))?;
+                    self.blocked += begin.elapsed();
                     self.receive()?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

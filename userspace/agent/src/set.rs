@@ -40,6 +40,7 @@ pub use shared::{Command, SetShared};
 
 use crate::config::SetConfig;
 use crate::link::{Link, LinkError};
+use crate::shaper::Shaper;
 use crate::ship::{Outbox, ShipError};
 use crate::snapshot::{JobView, recovery};
 use crate::streams::Streams;
@@ -156,6 +157,8 @@ struct Sent {
     time_ns: u64,
     /// Its payload.
     bytes: u64,
+    /// When its first live change was made.
+    live_ns: Option<u64>,
 }
 
 /// The thread's own.
@@ -195,6 +198,7 @@ pub struct Worker {
     applied_bytes: u64,
     measured: Measured,
     published: Instant,
+    shaper: Shaper,
 }
 
 impl Worker {
@@ -221,6 +225,7 @@ impl Worker {
         let now = Instant::now();
         let reason = "dtagent has just started".to_owned();
         Ok(Self {
+            shaper: Shaper::new(&config, state_dir),
             config,
             shared,
             streams,
@@ -521,6 +526,12 @@ impl Worker {
             batches: VecDeque::new(),
         };
         self.past = past;
+        self.shaper.begin_session(&welcome.options);
+        // Before anything can queue up: its answer tells how far the target is away.
+        session
+            .outbox
+            .message(id, 0, &Message::Ping(session.core.next_to_send()))?;
+        session.outbox.send(&mut session.link, None)?;
         self.reconcile(stream, &mut session, welcome, resumed)?;
         self.totals.connections += 1;
         tracing::info!(

@@ -59,6 +59,8 @@ pub struct Outbox {
     /// End of a piece in `scratch`, and the record whose payload follows it.
     pieces: Vec<(usize, Option<u64>)>,
     payload_bytes: usize,
+    /// There is a message among it that goes by itself, not in a compressed run.
+    control: bool,
 }
 
 /// The body that a descriptor travels as.
@@ -130,7 +132,14 @@ impl Outbox {
         seq: u64,
         message: &dtloop_proto::Message,
     ) -> Result<(), FrameError> {
+        self.control |= !matches!(message, dtloop_proto::Message::Marker(_));
         frame::encode_message(&mut self.scratch, session, seq, message)
+    }
+
+    /// Whether there is a message that the target must act on at its place, and not in a compressed run.
+    #[must_use]
+    pub fn has_control(&self) -> bool {
+        self.control
     }
 
     /// Adds a record.
@@ -178,24 +187,64 @@ impl Outbox {
         Ok(Shipped { desc: *desc, body })
     }
 
+    /// Everything that waits, in order.
+    ///
+    /// # Errors
+    ///
+    /// If a payload cannot be read from the ring.
+    pub fn slices<'a>(&'a self, hold: Option<&'a Hold>) -> Result<Vec<&'a [u8]>, ShipError> {
+        let mut slices = Vec::with_capacity(self.pieces.len() * 2 + 1);
+        let mut start = 0;
+        for (end, seq) in &self.pieces {
+            slices.push(&self.scratch[start..*end]);
+            if let (Some(hold), Some(seq)) = (hold, seq) {
+                slices.push(hold.payload(*seq)?);
+            }
+            start = *end;
+        }
+        if start < self.scratch.len() {
+            slices.push(&self.scratch[start..]);
+        }
+        Ok(slices)
+    }
+
+    /// Copies what waits, at most so many bytes of it.
+    ///
+    /// # Errors
+    ///
+    /// If a payload cannot be read from the ring.
+    pub fn gather(
+        &self,
+        hold: Option<&Hold>,
+        bytes_max: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ShipError> {
+        out.clear();
+        for slice in self.slices(hold)? {
+            let left = bytes_max - out.len();
+            out.extend_from_slice(&slice[..slice.len().min(left)]);
+        }
+        Ok(())
+    }
+
+    /// Sends a compressed run in the place of what waits, unless it is beyond a limit of the wire.
+    pub fn set_packed(&mut self, session: u64, packed: &dtloop_proto::Packed<'_>) {
+        let mut frame = Vec::with_capacity(packed.payload.len() + 64);
+        if frame::encode_packed(&mut frame, session, packed).is_ok() {
+            frame.extend_from_slice(packed.payload);
+            self.clear();
+            self.scratch = frame;
+        }
+    }
+
     /// Sends everything.
     ///
     /// # Errors
     ///
     /// Why it could not; the connection is of no more use then.
     pub fn send(&mut self, link: &mut Link, hold: Option<&Hold>) -> Result<(), ShipError> {
-        let mut slices = Vec::with_capacity(self.pieces.len() * 2 + 1);
-        let mut start = 0;
-        for (end, seq) in &self.pieces {
-            slices.push(IoSlice::new(&self.scratch[start..*end]));
-            if let (Some(hold), Some(seq)) = (hold, seq) {
-                slices.push(IoSlice::new(hold.payload(*seq)?));
-            }
-            start = *end;
-        }
-        if start < self.scratch.len() {
-            slices.push(IoSlice::new(&self.scratch[start..]));
-        }
+        let slices = self.slices(hold)?;
+        let mut slices: Vec<IoSlice<'_>> = slices.into_iter().map(IoSlice::new).collect();
         let result = link.send(&mut slices);
         drop(slices);
         self.clear();
@@ -207,6 +256,7 @@ impl Outbox {
         self.scratch.clear();
         self.pieces.clear();
         self.payload_bytes = 0;
+        self.control = false;
     }
 }
 

@@ -241,6 +241,7 @@ impl Snapshot {
                 lag_ms: 0,
                 rates: dtloop_api::Rates::default(),
                 totals: dtloop_api::Totals::default(),
+                shaping: dtloop_api::Shaping::default(),
                 devices: vec![],
             },
             job: None,

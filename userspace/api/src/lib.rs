@@ -16,16 +16,18 @@
 //! <- {"reply":"done","wait":{"seq":812,"elapsed_ms":41}}
 //! ```
 //!
-//! - `types`: requests and replies.
+//! - `types`: requests and replies; `shaping`: those about bandwidth and compression.
 //! - `line`: one JSON value a line, with a limit, for both sides.
 //! - `client`: the asking side.
 
 mod client;
 mod line;
+mod shaping;
 mod types;
 
 pub use client::{Answer, Client, ClientError};
 pub use line::{LineError, read_line, write_line};
+pub use shaping::*;
 pub use types::*;
 
 /// Where the agent listens.

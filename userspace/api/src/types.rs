@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::shaping::{Bandwidth, BandwidthChange, Shaping};
+
 /// What a client asks for. `devices` are loop numbers; empty: all devices of the set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
@@ -78,6 +80,14 @@ pub enum Request {
         /// Longest wait; none: no limit.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         timeout_ms: Option<u64>,
+    },
+    /// Show the bandwidth limit, or change it. Answered by [`Outcome::Bandwidth`], as it is afterwards.
+    Bandwidth {
+        /// The set.
+        set: String,
+        /// The change; none: only show it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        change: Option<BandwidthChange>,
     },
 }
 
@@ -198,6 +208,8 @@ pub enum Outcome {
     Verify(Vec<VerifyResult>),
     /// Answer to [`Request::Wait`].
     Wait(WaitResult),
+    /// Answer to [`Request::Bandwidth`].
+    Bandwidth(Bandwidth),
 }
 
 /// How a mirror ended on one device.
@@ -331,6 +343,9 @@ pub struct SetStatus {
     /// Totals since the agent began.
     #[serde(default)]
     pub totals: Totals,
+    /// Bandwidth limit, compression, pace of mirror and resync.
+    #[serde(default)]
+    pub shaping: Shaping,
     /// The devices, by loop number.
     pub devices: Vec<DeviceStatus>,
 }

@@ -39,6 +39,30 @@ fn requests_have_their_golden_lines() {
 }
 
 #[test]
+fn bandwidth_has_its_golden_lines() {
+    let change = Some(BandwidthChange::Limit {
+        limit: "5MiB/s".into(),
+        until: Some("18:00".into()),
+        keep: false,
+    });
+    golden(
+        &Request::Bandwidth {
+            set: "db".into(),
+            change,
+        },
+        r#"{"request":"bandwidth","set":"db","change":{"change":"limit","limit":"5MiB/s","until":"18:00","keep":false}}"#,
+    );
+    golden(
+        &Reply::Done(Outcome::Bandwidth(Bandwidth {
+            limit_bytes_per_s: None,
+            limit: "unlimited".into(),
+            ..Bandwidth::default()
+        })),
+        r#"{"reply":"done","bandwidth":{"limit_bytes_per_s":null,"limit":"unlimited","source":"config","kept":false,"waiting":false}}"#,
+    );
+}
+
+#[test]
 fn what_may_be_left_out_may_be_left_out() {
     let verify: Request = serde_json::from_str(r#"{"request":"verify","set":"db"}"#).unwrap();
     assert_eq!(

@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Verify(Verify),
     /// Wait until the target has everything written before the call
     Wait(Wait),
+    /// Show or change how much a set may send
+    Bandwidth(Bandwidth),
     /// Keep unbound stock loop devices on hand; called by udev
     #[command(hide = true)]
     Spare,
@@ -302,6 +304,27 @@ pub(crate) struct Wait {
     pub(crate) timeout: Option<Duration>,
 }
 
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub(crate) struct Bandwidth {
+    /// The replication set
+    #[arg(value_parser = parse_name)]
+    pub(crate) set: Name,
+    /// From now on send at most this: 5MiB/s, 500KiB/s, 10Mbit/s or unlimited
+    #[arg(long, value_name = "RATE")]
+    pub(crate) limit: Option<String>,
+    /// For this long (90s, 30m, 2h, 1d) or until the clock shows this (18:00); without it, until it
+    /// is changed or the agent is restarted
+    #[arg(long, value_name = "TIME", requires = "limit")]
+    pub(crate) until: Option<String>,
+    /// Also after a restart of the agent
+    #[arg(long, requires = "limit")]
+    pub(crate) keep: bool,
+    /// Follow the configuration and its schedule again
+    #[arg(long, conflicts_with_all = ["limit", "until", "keep"])]
+    pub(crate) schedule: bool,
+}
+
 /// What happens when a set's ring is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Policy {
@@ -445,6 +468,10 @@ mod tests {
             "dtloop mirror start --full --difference",
             "dtloop set default",
             "dtloop wait --timeout soon",
+            "dtloop bandwidth",
+            "dtloop bandwidth db --limit 1MiB/s --schedule",
+            "dtloop bandwidth db --until 18:00",
+            "dtloop bandwidth db --schedule --keep",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

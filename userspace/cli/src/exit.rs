@@ -97,6 +97,7 @@ impl Code {
             ClientError::NoPermission { .. } => Self::NoPermission,
             ClientError::Failed(failure) => match failure.code {
                 FailureCode::TimedOut => Self::TimedOut,
+                FailureCode::BadRequest => Self::Usage,
                 FailureCode::UnknownSet
                 | FailureCode::UnknownDevice
                 | FailureCode::Busy
@@ -149,6 +150,8 @@ mod tests {
         assert_eq!(code(Usage("x".into()).into()), Code::Usage);
         let timed_out = dtloop_api::Failure::new(FailureCode::TimedOut, "late");
         assert_eq!(code(ClientError::Failed(timed_out).into()), Code::TimedOut);
+        let bad = dtloop_api::Failure::new(FailureCode::BadRequest, "no rate");
+        assert_eq!(code(ClientError::Failed(bad).into()), Code::Usage);
         assert_eq!(code(anyhow::anyhow!("x")), Code::Failed);
         let context = anyhow::Error::from(dtloop_abi::Error::NoModule).context("attaching");
         assert_eq!(code(context), Code::NoModule);

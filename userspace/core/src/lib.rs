@@ -14,6 +14,9 @@
 //! | source | [`resync`] | when every change that was not in the stream has been sent again |
 //! | source | [`coverage`] | whether comparing the marked regions is enough after a crash |
 //! | source | [`replica`] | what the source remembers of a set, and what must be mirrored |
+//! | source | [`schedule`], [`rate`] | how many bytes may be sent when |
+//! | source | [`adaptive`] | whether batches are compressed, and how |
+//! | source | [`pace`] | how far mirror and resync yield to live changes |
 //! | target | [`sequence`] | whether a record is the next one, a duplicate, or a hole before it |
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
 //! | target | [`apply`] | what a record does to a volume |
@@ -22,13 +25,17 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adaptive;
 pub mod apply;
 pub mod binding;
 pub mod coverage;
 pub mod journal;
 pub mod mirror;
+pub mod pace;
+pub mod rate;
 pub mod replica;
 pub mod resync;
+pub mod schedule;
 pub mod sequence;
 pub mod set;
 pub mod source;

@@ -132,7 +132,9 @@ impl Resync {
         std::mem::take(&mut self.failed)
     }
 
-    fn outstanding_sectors(&self) -> u64 {
+    /// Sectors that were asked for and have not come yet.
+    #[must_use]
+    pub fn outstanding_sectors(&self) -> u64 {
         self.outstanding.iter().map(|(.., sectors)| sectors).sum()
     }
 

@@ -3,8 +3,9 @@
 //! Whole frames: encoding into a buffer, decoding from one.
 
 use crate::body::BodyError;
-use crate::header::{HEADER_BYTES, Header, HeaderError};
+use crate::header::{HEADER_BYTES, Header, HeaderError, MessageType};
 use crate::message::Message;
+use crate::packed::{PACKED_BODY_BYTES, Packed, PackedError};
 use crate::record::{RECORD_BYTES, RecordBody, RecordError, RecordKind};
 use crate::{VERSION_HANDSHAKE, VERSION_MAX};
 
@@ -31,6 +32,9 @@ pub enum FrameError {
     /// A record's body.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The description of a compressed run.
+    #[error(transparent)]
+    Packed(#[from] PackedError),
 }
 
 /// What a frame holds.
@@ -45,6 +49,8 @@ pub enum Frame<'a> {
         /// Its payload, straight from the buffer.
         payload: &'a [u8],
     },
+    /// A compressed run of other frames.
+    Packed(Packed<'a>),
     /// Anything else.
     Message(Message),
 }
@@ -118,6 +124,9 @@ pub fn decode_content<'a>(header: &Header, rest: &'a [u8]) -> Result<Frame<'a>, 
             payload,
         });
     }
+    if header.message_type == MessageType::Packed {
+        return Ok(Frame::Packed(Packed::parse(body, payload)?));
+    }
     match Message::decode_body(header.message_type, body)? {
         Some(message) => Ok(Frame::Message(message)),
         None => Err(HeaderError::Type(header.message_type as u16).into()),
@@ -151,6 +160,36 @@ pub fn encode_record(
         body_bytes: RECORD_BODY_BYTES,
         // PANIC: `check` has bounded it by `PAYLOAD_BYTES_MAX`, which the cast keeps.
         payload_bytes: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+    };
+    Header::check_encode(&header)?;
+    out.extend_from_slice(&header.pack());
+    out.extend_from_slice(&body);
+    Ok(())
+}
+
+/// Appends header and body of a compressed run; the payload follows them on the wire.
+///
+/// # Errors
+///
+/// The reason for which the run cannot travel.
+pub fn encode_packed(
+    out: &mut Vec<u8>,
+    session: u64,
+    packed: &Packed<'_>,
+) -> Result<(), FrameError> {
+    packed.check()?;
+    let body = packed.pack();
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&body);
+    crc.update(packed.payload);
+    let header = Header {
+        body_crc: crc.finalize(),
+        version: VERSION_MAX,
+        message_type: MessageType::Packed,
+        session,
+        seq: 0,
+        body_bytes: u32::try_from(PACKED_BODY_BYTES).unwrap_or(u32::MAX),
+        payload_bytes: u32::try_from(packed.payload.len()).unwrap_or(u32::MAX),
     };
     Header::check_encode(&header)?;
     out.extend_from_slice(&header.pack());

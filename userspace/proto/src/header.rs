@@ -69,6 +69,8 @@ message_types! {
     Hash = 0x12;
     /// A statement about the stream at a position.
     Marker = 0x13;
+    /// A run of the frames above, compressed.
+    Packed = 0x14;
     /// Source to target: a device that joined or changed size.
     Bind = 0x20;
     /// Target to source: how far it is.
@@ -106,7 +108,7 @@ impl MessageType {
     #[must_use]
     pub fn payload_bytes_max(self) -> usize {
         match self {
-            Self::Record => limits::PAYLOAD_BYTES_MAX,
+            Self::Record | Self::Packed => limits::PAYLOAD_BYTES_MAX,
             Self::Hash => limits::HASH_BYTES,
             _ => 0,
         }

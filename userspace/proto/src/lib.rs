@@ -12,6 +12,7 @@
 //!
 //! - [`header`] packs and parses the header; a refusal says its reason.
 //! - [`record`] is the body of the frames that carry the stream: fixed layout, no allocation.
+//! - [`packed`] is the body of a compressed run of them; compressing is not done here.
 //! - [`message`] holds the control messages, encoded by bincode in the one module [`body`].
 //! - [`frame`] puts them together: bytes in, [`Frame`](frame::Frame) out, and back.
 //! - [`limits`] lists every limit with its reason.
@@ -27,6 +28,7 @@ pub mod frame;
 pub mod header;
 pub mod limits;
 pub mod message;
+pub mod packed;
 pub mod record;
 pub mod uuid;
 
@@ -34,6 +36,7 @@ pub use code::Code;
 pub use frame::{Decoded, Frame, FrameError, decode};
 pub use header::{Header, HeaderError, MessageType};
 pub use message::Message;
+pub use packed::{Codec, Packed};
 pub use record::{Op, RecordBody, RecordKind};
 pub use uuid::Uuid;
 

@@ -38,3 +38,6 @@ pub const SECTOR_BYTES: u64 = 512;
 
 /// Length of the hash in a Hash frame: blake3, 32 bytes.
 pub const HASH_BYTES: usize = 32;
+
+/// Most bytes that a [`Packed`](crate::header::MessageType::Packed) frame unpacks to: a receive buffer of the target.
+pub const PACKED_RAW_BYTES_MAX: usize = 2 << 20;

@@ -417,7 +417,9 @@ impl Message {
             MessageType::Ping => Self::Ping(body::decode(bytes)?),
             MessageType::Pong => Self::Pong(body::decode(bytes)?),
             MessageType::Bye => Self::Bye(body::decode(bytes)?),
-            MessageType::Record | MessageType::Zeroes | MessageType::Hash => return Ok(None),
+            MessageType::Record | MessageType::Zeroes | MessageType::Hash | MessageType::Packed => {
+                return Ok(None);
+            }
         };
         message.check()?;
         Ok(Some(message))

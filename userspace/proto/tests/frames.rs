@@ -11,10 +11,13 @@
 use dtloop_proto::body::BodyError;
 use dtloop_proto::frame::{FrameError, encode_message, encode_record};
 use dtloop_proto::header::{HEADER_BYTES, Header, HeaderError, MessageType};
-use dtloop_proto::limits;
+use dtloop_proto::limits::{self, PAYLOAD_BYTES_MAX};
 use dtloop_proto::message::*;
+use dtloop_proto::packed::PackedError;
 use dtloop_proto::record::{RecordError, STATE_COMMITTED, STATE_FAILED};
-use dtloop_proto::{Code, Decoded, Frame, Message, Op, RecordBody, RecordKind, Uuid, decode};
+use dtloop_proto::{
+    Code, Codec, Decoded, Frame, Message, Op, Packed, RecordBody, RecordKind, Uuid, decode,
+};
 use proptest::prelude::*;
 
 fn name() -> impl Strategy<Value = String> {
@@ -479,4 +482,64 @@ fn versions_are_chosen_where_the_ranges_meet() {
     assert_eq!(choose_version(0, 9), Some(1));
     assert_eq!(choose_version(2, 9), None);
     assert_eq!(choose_version(0, 0), None);
+}
+
+/// A Packed frame with that body and payload, its checksums right.
+fn packed_frame(body: &[u8], payload: &[u8]) -> Vec<u8> {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(body);
+    crc.update(payload);
+    let header = Header {
+        body_crc: crc.finalize(),
+        version: 1,
+        message_type: MessageType::Packed,
+        session: 1,
+        seq: 0,
+        body_bytes: u32::try_from(body.len()).unwrap(),
+        payload_bytes: u32::try_from(payload.len()).unwrap(),
+    };
+    [&header.pack()[..], body, payload].concat()
+}
+
+#[test]
+fn a_packed_frame_says_what_it_unpacks_to_or_is_refused() {
+    let body = |codec: u16, reserved: u16, raw: u32| {
+        let mut body = vec![];
+        body.extend_from_slice(&codec.to_le_bytes());
+        body.extend_from_slice(&reserved.to_le_bytes());
+        body.extend_from_slice(&raw.to_le_bytes());
+        body
+    };
+    let refused = |body: &[u8], payload: &[u8]| match decode(&packed_frame(body, payload)) {
+        Err(FrameError::Packed(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert!(decode(&packed_frame(&body(1, 0, 2 << 20), b"x")).is_ok());
+    assert_eq!(refused(&body(3, 0, 100), b"x"), PackedError::Codec(3));
+    assert_eq!(refused(&body(0, 0, 100), b"x"), PackedError::Codec(0));
+    assert_eq!(refused(&body(1, 1, 100), b"x"), PackedError::Reserved);
+    let beyond = refused(&body(2, 0, (2 << 20) + 1), b"x");
+    assert_eq!(beyond, PackedError::RawLength((2 << 20) + 1));
+    assert_eq!(
+        refused(&body(2, 0, u32::MAX), b"x"),
+        PackedError::RawLength(u32::MAX as usize)
+    );
+    for (payload, raw) in [(&b""[..], 100), (b"xyz", 3), (b"xyz", 0)] {
+        let error = refused(&body(1, 0, raw), payload);
+        assert!(matches!(error, PackedError::Useless { .. }), "{error}");
+    }
+    assert_eq!(refused(&[1, 0, 0], b"x"), PackedError::Length(3));
+    let beyond = vec![7; PAYLOAD_BYTES_MAX + 1];
+    assert!(matches!(
+        decode(&packed_frame(&body(1, 0, 2 << 20), &beyond)),
+        Err(FrameError::Header(HeaderError::PayloadLength { .. }))
+    ));
+    let mut out = vec![];
+    let packed = Packed {
+        codec: Codec::Lz4,
+        raw_bytes: (2 << 20) + 1,
+        payload: b"x",
+    };
+    assert!(dtloop_proto::frame::encode_packed(&mut out, 1, &packed).is_err());
+    assert!(out.is_empty(), "what is refused is not sent either");
 }

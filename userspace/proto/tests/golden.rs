@@ -5,10 +5,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-use dtloop_proto::frame::{encode_message, encode_record};
+use dtloop_proto::frame::{encode_message, encode_packed, encode_record};
 use dtloop_proto::message::*;
+use dtloop_proto::packed::OPTION_CODECS;
 use dtloop_proto::record::STATE_COMMITTED;
-use dtloop_proto::{Code, Decoded, Frame, Message, Op, RecordBody, RecordKind, Uuid, decode};
+use dtloop_proto::{
+    Code, Codec, Decoded, Frame, Message, Op, Packed, RecordBody, RecordKind, Uuid, decode,
+};
 
 fn hex(bytes: &[u8]) -> String {
     let mut text = String::new();
@@ -172,6 +175,28 @@ fn messages_of_version_1() {
     assert_golden("Ping", 5, 0, &Message::Ping(0xabcd), PING);
 }
 
+#[test]
+fn packed_of_version_1() {
+    let packed = Packed {
+        codec: Codec::Zstd,
+        raw_bytes: 0x0001_2345,
+        payload: b"compressed",
+    };
+    let mut bytes = Vec::new();
+    encode_packed(&mut bytes, 5, &packed).unwrap();
+    bytes.extend_from_slice(packed.payload);
+    assert_eq!(hex(&bytes), PACKED);
+    let Ok(Decoded::Complete {
+        frame, bytes: used, ..
+    }) = decode(&bytes)
+    else {
+        panic!("Packed is not decoded");
+    };
+    assert_eq!((frame, used), (Frame::Packed(packed), bytes.len()));
+    assert_eq!(OPTION_CODECS, 20);
+    assert_eq!((Codec::Lz4 as u8, Codec::Zstd as u8), (1, 2));
+}
+
 const HELLO: &str = "\
 44544c500907b835fd8e14d400000100
 00000000000000000000000000000000
@@ -250,4 +275,11 @@ const PING: &str = "\
 00000000000000000500000000000000
 00000000000000000800000000000000
 cdab000000000000
+";
+const PACKED: &str = "\
+44544c507e3bdf376e75184601001400
+00000000000000000500000000000000
+0000000000000000080000000a000000
+0200000045230100636f6d7072657373
+6564
 ";

@@ -69,22 +69,28 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateFileErro
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io_error(path)(error)),
     };
-    let damaged = |reason: &str| StateFileError::Damaged {
-        path: path.to_owned(),
-        reason: reason.to_owned(),
-    };
-    let (title, json) = text
-        .split_once('\n')
-        .ok_or_else(|| damaged("it is cut short"))?;
+    parse(&text)
+        .map(Some)
+        .map_err(|reason| StateFileError::Damaged {
+            path: path.to_owned(),
+            reason,
+        })
+}
+
+/// Reads the text of a state file.
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    let (title, json) = text.split_once('\n').ok_or("it is cut short")?;
     let crc = title
         .strip_prefix(TITLE)
-        .ok_or_else(|| damaged("its first line is no title of this version"))?;
+        .ok_or("its first line is no title of this version")?;
     if u32::from_str_radix(crc, 16) != Ok(crc32fast::hash(json.as_bytes())) {
-        return Err(damaged("its checksum does not fit"));
+        return Err("its checksum does not fit".to_owned());
     }
-    serde_json::from_str(json)
-        .map(Some)
-        .map_err(|error| damaged(&error.to_string()))
+    serde_json::from_str(json).map_err(|error| error.to_string())
 }
 
 /// Replaces a state file so that after a crash either the old or the new one is there.

@@ -780,7 +780,7 @@ fn parse_batch(batch: &mut Batch, digest: u32, first_seq: u64) -> bool {
                     marker,
                 });
             }
-            Frame::Message(_) => return false,
+            Frame::Packed(_) | Frame::Message(_) => return false,
         }
         at += bytes;
     }

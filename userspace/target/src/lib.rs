@@ -4,7 +4,8 @@
 //!
 //! ```text
 //!             session thread (one a connection)             applier thread (one a set)
-//!  socket --> read a buffer full, check every frame,
+//!  socket --> read a buffer full, unpack what is packed,
+//!             check every frame,
 //!             check the sequence
 //!             journal: one write, one fdatasync
 //!             acknowledge durable  <----------------------- acknowledge applied, hash results
@@ -28,6 +29,7 @@ pub mod replica;
 pub mod server;
 pub mod session;
 pub mod transport;
+pub mod unpack;
 pub mod volume;
 
 /// Name and version as told to the peer.

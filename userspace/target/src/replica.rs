@@ -39,8 +39,8 @@ pub struct Writer {
     pub commands: SyncSender<Command>,
     /// Empty buffers.
     pub buffers: Receiver<Batch>,
-    /// The buffer that the last session was filling.
-    pub stash: Option<Batch>,
+    /// The buffers that the last session had at hand.
+    pub stash: Vec<Batch>,
 }
 
 /// See the module documentation.
@@ -122,7 +122,7 @@ impl Replica {
             stream_uuid,
             commands: commands.clone(),
             buffers,
-            stash: None,
+            stash: vec![],
         };
         Ok(Self {
             outlet,

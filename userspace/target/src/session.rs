@@ -10,11 +10,13 @@ use std::time::Duration;
 use dtloop_core::binding::Refusal;
 use dtloop_core::sequence::{Arrival, Hole, Sequencer};
 use dtloop_core::set::Admission;
+use dtloop_pack::Unpacker;
 use dtloop_proto::frame::FrameError;
 use dtloop_proto::header::HEADER_BYTES;
 use dtloop_proto::limits::{BODY_BYTES_MAX, FRAME_BYTES_MAX};
-use dtloop_proto::message::{Hello, Refuse, Welcome, bounded_text};
-use dtloop_proto::{Code, Decoded, Frame, Message, frame};
+use dtloop_proto::message::{HandshakeOption, Hello, Refuse, Welcome, bounded_text};
+use dtloop_proto::packed::OPTION_CODECS;
+use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
 use crate::door::Place;
@@ -22,6 +24,7 @@ use crate::journal::{BatchInfo, JournalError};
 use crate::replica::{Replica, Writer};
 use crate::server::Shared;
 use crate::transport::Connection;
+use crate::unpack::{self, RunError};
 
 /// Longest time for the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -47,6 +50,9 @@ pub enum SessionEnd {
     /// It sent what is no frame.
     #[error("{0}")]
     Frame(#[from] FrameError),
+    /// It sent a compressed run that is none.
+    #[error("{0}")]
+    Run(#[from] RunError),
     /// It left records out.
     #[error("{0}")]
     Hole(#[from] Hole),
@@ -76,7 +82,7 @@ impl SessionEnd {
     fn farewell(&self) -> Option<Refuse> {
         let code = match self {
             Self::Io(_) | Self::Closed | Self::Bye(_) => return None,
-            Self::Frame(_) | Self::Unexpected(_) => Code::MALFORMED,
+            Self::Frame(_) | Self::Run(_) | Self::Unexpected(_) => Code::MALFORMED,
             Self::Hole(_) => Code::SEQUENCE_HOLE,
             Self::Refused(refusal) => refusal.code,
             Self::Journal(JournalError::Io { .. }) => Code::JOURNAL_IO,
@@ -201,7 +207,7 @@ fn receive(shared: &Arc<Shared>, mut connection: Connection, hello: Hello) -> Se
             break end;
         }
     };
-    writer.stash = session.spare.take();
+    writer.stash.append(&mut session.spare);
     if let Some(farewell) = end.farewell() {
         replica.outlet.send(&Message::Bye(farewell));
     }
@@ -278,7 +284,10 @@ fn welcome(
         lost_from: entered.lost.0,
         lost_last: entered.lost.1,
         volumes: entered.volumes,
-        options: vec![],
+        options: vec![HandshakeOption {
+            key: OPTION_CODECS,
+            value: Codec::ALL.iter().map(|codec| *codec as u8).collect(),
+        }],
     };
     let mut out = vec![];
     frame::encode_message(&mut out, 0, 0, &Message::Welcome(welcome))?;
@@ -290,13 +299,14 @@ fn welcome(
         "Set \"{set}\" is connected; it goes on at record {}.",
         writer.sequence.next()
     );
-    let spare = writer.stash.take();
+    let spare = std::mem::take(&mut writer.stash);
     Ok(Session {
         id,
         replica: Arc::clone(replica),
         have: 0,
         unparsed: false,
         spare,
+        unpacker: Unpacker::default(),
     })
 }
 
@@ -307,7 +317,9 @@ struct Session {
     have: usize,
     /// There are whole frames among them.
     unparsed: bool,
-    spare: Option<Batch>,
+    /// Buffers that are at hand; the last one holds the bytes.
+    spare: Vec<Batch>,
+    unpacker: Unpacker,
 }
 
 /// What a buffer held.
@@ -319,17 +331,17 @@ struct Parsed {
     info: BatchInfo,
     /// Whole frames are left in the buffer.
     unparsed: bool,
+    /// The next of them is a compressed run.
+    packed: bool,
+    /// Frames that are not journaled, and are no duplicates.
+    others: u32,
     bye: Option<String>,
 }
 
 impl Session {
     /// Reads what has come, journals it, acknowledges it and passes it on.
     fn turn(&mut self, connection: &mut Connection, writer: &mut Writer) -> Result<(), SessionEnd> {
-        let mut batch = match self.spare.take() {
-            Some(batch) => batch,
-            // Waits for the applier: nothing is read before there is room.
-            None => writer.buffers.recv().map_err(|_| SessionEnd::Stopping)?,
-        };
+        let mut batch = self.take_buffer(writer)?;
         let unparsed = std::mem::take(&mut self.unparsed);
         let read = if unparsed {
             Ok(None)
@@ -337,14 +349,14 @@ impl Session {
             connection.read(&mut batch.buffer[self.have..]).map(Some)
         };
         let parsed = match read {
-            Ok(None) => self.parse(&mut batch, writer),
+            Ok(None) => self.parse(&mut batch, self.have, writer),
             Ok(Some(0)) => Err(SessionEnd::Closed),
             Ok(Some(bytes)) => {
                 self.have += bytes;
-                self.parse(&mut batch, writer)
+                self.parse(&mut batch, self.have, writer)
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {
-                self.spare = Some(batch);
+                self.spare.push(batch);
                 return Ok(());
             }
             Err(error) => Err(error.into()),
@@ -353,7 +365,7 @@ impl Session {
             Ok(parsed) => parsed,
             Err(end) => {
                 batch.items.clear();
-                self.spare = Some(batch);
+                self.spare.push(batch);
                 return Err(if self.replica.is_stopping() {
                     SessionEnd::Stopping
                 } else {
@@ -361,12 +373,76 @@ impl Session {
                 });
             }
         };
+        if parsed.packed {
+            return self.turn_packed(batch, writer);
+        }
         let bye = parsed.bye.clone();
         self.pass_on(batch, &parsed, writer)?;
         bye.map_or(Ok(()), |text| Err(SessionEnd::Bye(text)))
     }
 
-    fn parse(&mut self, batch: &mut Batch, writer: &mut Writer) -> Result<Parsed, SessionEnd> {
+    /// Waits for the applier when no buffer is at hand: nothing is read before there is room.
+    fn take_buffer(&mut self, writer: &Writer) -> Result<Batch, SessionEnd> {
+        match self.spare.pop() {
+            Some(batch) => Ok(batch),
+            None => writer.buffers.recv().map_err(|_| SessionEnd::Stopping),
+        }
+    }
+
+    /// Unpacks the compressed runs that a buffer begins with into another one, which then goes on as if its frames had
+    /// come plain.
+    fn turn_packed(&mut self, mut wire: Batch, writer: &mut Writer) -> Result<(), SessionEnd> {
+        let mut plain = match self.take_buffer(writer) {
+            Ok(plain) => plain,
+            Err(end) => {
+                self.spare.push(wire);
+                return Err(end);
+            }
+        };
+        let have = &wire.buffer[..self.have];
+        let parsed = unpack::unpack(&mut self.unpacker, self.id, have, &mut plain.buffer)
+            .map_err(SessionEnd::from)
+            .and_then(|run| Ok((run, self.parse_run(&mut plain, run.raw, writer)?)));
+        let (run, parsed) = match parsed {
+            Ok(parsed) => parsed,
+            Err(end) => {
+                plain.items.clear();
+                // Both stay with the set, whatever a source sends.
+                self.spare.extend([plain, wire]);
+                return Err(end);
+            }
+        };
+        wire.buffer.copy_within(run.used..self.have, 0);
+        let rest = self.have - run.used;
+        self.have = run.raw;
+        let passed = self.pass_on(plain, &parsed, writer);
+        self.have = rest;
+        self.unparsed = rest > 0;
+        self.spare.push(wire);
+        passed
+    }
+
+    /// The frames of an unpacked run: whole ones, of the kinds that are journaled.
+    fn parse_run(
+        &mut self,
+        plain: &mut Batch,
+        raw: usize,
+        writer: &mut Writer,
+    ) -> Result<Parsed, SessionEnd> {
+        let parsed = self.parse(plain, raw, writer)?;
+        let foreign = parsed.unparsed || parsed.packed || parsed.bye.is_some();
+        if parsed.used != raw || foreign || parsed.others > 0 {
+            return Err(SessionEnd::Unexpected("in a compressed run"));
+        }
+        Ok(parsed)
+    }
+
+    fn parse(
+        &mut self,
+        batch: &mut Batch,
+        have: usize,
+        writer: &mut Writer,
+    ) -> Result<Parsed, SessionEnd> {
         let first_seq = writer.sequence.next();
         let mut sequence = writer.sequence;
         let mut digest = crc32fast::Hasher::new();
@@ -381,9 +457,11 @@ impl Session {
             runs: vec![],
             info,
             unparsed: false,
+            packed: false,
+            others: 0,
             bye: None,
         };
-        let have = &batch.buffer[..self.have];
+        let have = &batch.buffer[..have];
         while parsed.bye.is_none() {
             let at = parsed.used;
             let (header, frame, bytes) = match dtloop_proto::decode(&have[at..])? {
@@ -421,7 +499,14 @@ impl Session {
                         marker,
                     })
                 }
+                Frame::Packed(_) => {
+                    // It needs a buffer of its own, so what came before it is passed on first.
+                    parsed.packed = at == 0;
+                    parsed.unparsed = at > 0;
+                    break;
+                }
                 Frame::Message(Message::Bind(offer)) => {
+                    parsed.others += 1;
                     // What came before it is journaled first: the applier takes both in order.
                     if parsed.info.frames > 0 {
                         parsed.unparsed = true;
@@ -434,10 +519,14 @@ impl Session {
                     None
                 }
                 Frame::Message(Message::Ping(number)) => {
+                    parsed.others += 1;
                     self.replica.outlet.send(&Message::Pong(number));
                     None
                 }
-                Frame::Message(Message::Pong(_)) => None,
+                Frame::Message(Message::Pong(_)) => {
+                    parsed.others += 1;
+                    None
+                }
                 Frame::Message(Message::Bye(refuse)) => {
                     parsed.bye = Some(refuse.text);
                     None
@@ -473,8 +562,8 @@ impl Session {
         if parsed.info.frames == 0 {
             batch.buffer.copy_within(parsed.used..self.have, 0);
             self.have = rest;
-            debug_assert!(rest < FRAME_BYTES_MAX);
-            self.spare = Some(batch);
+            debug_assert!(self.unparsed || rest < FRAME_BYTES_MAX);
+            self.spare.push(batch);
             return Ok(());
         }
         let runs: Vec<&[u8]> = parsed
@@ -489,7 +578,7 @@ impl Session {
             Ok(end) => batch.end = end,
             Err(error) => {
                 batch.items.clear();
-                self.spare = Some(batch);
+                self.spare.push(batch);
                 return Err(error.into());
             }
         }
@@ -502,7 +591,7 @@ impl Session {
         if rest > 0 {
             let mut next = writer.buffers.recv().map_err(|_| SessionEnd::Stopping)?;
             next.buffer[..rest].copy_from_slice(&batch.buffer[parsed.used..self.have]);
-            self.spare = Some(next);
+            self.spare.push(next);
         }
         self.have = rest;
         writer

@@ -11,10 +11,13 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use common::{Lab, Target};
-use dtloop_proto::frame::{encode_message, encode_record};
+use dtloop_pack::{Method, Packer};
+use dtloop_proto::frame::{encode_message, encode_packed, encode_record};
 use dtloop_proto::message::{DeviceOffer, Hello};
 use dtloop_proto::record::STATE_COMMITTED;
-use dtloop_proto::{Code, Decoded, Frame, Message, Op, RecordBody, RecordKind, Uuid, decode};
+use dtloop_proto::{
+    Code, Codec, Decoded, Frame, Message, Op, Packed, RecordBody, RecordKind, Uuid, decode,
+};
 
 fn hello() -> Hello {
     Hello {
@@ -122,6 +125,25 @@ impl Peer {
         .unwrap();
         bytes.extend_from_slice(&[9; 512]);
         bytes
+    }
+
+    /// A compressed run, said to unpack to so many bytes.
+    fn packed(&self, codec: Codec, payload: &[u8], raw_bytes: usize) -> Vec<u8> {
+        let packed = Packed {
+            codec,
+            raw_bytes,
+            payload,
+        };
+        let mut bytes = vec![];
+        encode_packed(&mut bytes, self.session, &packed).unwrap();
+        bytes.extend_from_slice(payload);
+        bytes
+    }
+
+    fn run(&self, method: Method, raw: &[u8]) -> Vec<u8> {
+        let mut packer = Packer::default();
+        let payload = packer.pack(method, raw, raw.len()).unwrap().to_vec();
+        self.packed(method.codec(), &payload, raw.len())
     }
 
     /// How the target ends the connection.
@@ -247,4 +269,90 @@ fn a_newer_connection_ends_the_older_one() {
     let record = newer.record(1);
     newer.send(&record);
     assert!(matches!(newer.hear(), Some(Message::Ack(ack)) if ack.durable_seq == 1));
+}
+
+#[test]
+fn compressed_runs_that_are_none_are_refused_and_cost_no_buffer() {
+    let lab = Lab::new(64);
+    let target = lab.start_target();
+    let zstd = Method::Zstd(1);
+    // More often than there are buffers.
+    for round in 0..4 {
+        let refused = |what: &str, bytes: &dyn Fn(&Peer) -> Vec<u8>| {
+            let mut peer = Peer::enter(&target);
+            let bytes = bytes(&peer);
+            peer.send(&bytes);
+            assert_eq!(
+                peer.farewell(),
+                Some(Code::MALFORMED),
+                "{what}, round {round}"
+            );
+        };
+        refused("no zstd", &|peer| peer.packed(Codec::Zstd, &[7; 100], 1000));
+        refused("no lz4", &|peer| {
+            peer.packed(Codec::Lz4, &[0xff; 100], 1000)
+        });
+        refused("a bomb of zeroes", &|peer| {
+            peer.run(zstd, &vec![0; 2 << 20])
+        });
+        refused("more than was said", &|peer| {
+            let record = [peer.record(1), peer.record(2)].concat();
+            let payload = Packer::default()
+                .pack(zstd, &record, record.len())
+                .unwrap()
+                .to_vec();
+            peer.packed(Codec::Zstd, &payload, record.len() - 1)
+        });
+        refused("less than was said", &|peer| {
+            let record = peer.record(1);
+            let payload = Packer::default()
+                .pack(zstd, &record, record.len())
+                .unwrap()
+                .to_vec();
+            peer.packed(Codec::Zstd, &payload, record.len() + 1)
+        });
+        refused("a run in a run", &|peer| {
+            let inner = peer.run(zstd, &peer.record(1));
+            let padded = [inner, peer.record(1), peer.record(2)].concat();
+            peer.run(Method::Lz4, &padded)
+        });
+        refused("half a frame", &|peer| {
+            peer.run(zstd, &peer.record(1)[..400])
+        });
+        refused("a message", &|peer| {
+            let mut bytes = peer.record(1);
+            encode_message(&mut bytes, peer.session, 0, &Message::Ping(1)).unwrap();
+            peer.run(zstd, &bytes)
+        });
+        refused("another session inside", &|peer| {
+            let mut other = Peer::connect(&target);
+            other.session = peer.session + 1;
+            peer.run(zstd, &other.record(1))
+        });
+    }
+    let mut peer = Peer::enter(&target);
+    let hole = peer.run(zstd, &peer.record(2));
+    peer.send(&hole);
+    assert_eq!(peer.farewell(), Some(Code::SEQUENCE_HOLE));
+    // Nothing was applied, and what is right is taken: plain, in runs of both codecs, and plain again.
+    let mut peer = Peer::enter(&target);
+    let bytes = [
+        peer.record(1),
+        peer.run(
+            zstd,
+            &[peer.record(1), peer.record(2), peer.record(3)].concat(),
+        ),
+        peer.run(Method::Lz4, &[peer.record(4), peer.record(5)].concat()),
+        peer.record(6),
+    ];
+    peer.send(&bytes.concat());
+    loop {
+        match peer.hear().unwrap() {
+            Message::Ack(ack) if ack.applied_seq == 6 => break,
+            Message::Ack(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    target.stop();
+    assert_eq!(lab.saved().state.applied_seq, 6);
 }

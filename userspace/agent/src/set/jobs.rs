@@ -8,6 +8,7 @@ use dtloop_abi::{CaptureStream, SyncRequest};
 use dtloop_core::mirror::{self, Event, JobKind, Planner, Request};
 use dtloop_core::resync::Step;
 use dtloop_proto::Message;
+use dtloop_proto::limits::SECTOR_BYTES;
 use dtloop_proto::message::{Marker, VolumeSync};
 use nix::errno::Errno;
 
@@ -55,12 +56,22 @@ impl Worker {
             return Ok(false);
         };
         for _ in 0..REQUESTS_PER_TURN {
-            let Some(request) = planner.next_request() else {
+            let Some(mut request) = planner.next_request() else {
                 break;
             };
+            let now = self.shaper.now();
+            let in_flight = planner.in_flight() * SECTOR_BYTES;
+            let allowed = self.shaper.mirror.allowance(in_flight, now) / SECTOR_BYTES;
+            if allowed == 0 {
+                return Ok(true);
+            }
+            request.sectors = request.sectors.min(allowed);
             match Self::request(stream, &request) {
                 Ok(0) => return Ok(true),
-                Ok(taken) => planner.on_taken(&request, taken),
+                Ok(taken) => {
+                    self.shaper.mirror.on_asked(taken * SECTOR_BYTES, now);
+                    planner.on_taken(&request, taken);
+                }
                 Err(error) => planner.fail(format!("{error}; start again")),
             }
         }
@@ -218,14 +229,26 @@ impl Worker {
                     }
                     Err(error) => return Err(error.into()),
                 },
-                Step::Sync(request) => match Self::request(stream, &request) {
-                    Ok(0) => return Ok(true),
-                    Ok(taken) => self.resync.on_taken(taken),
-                    Err(error) if error.is(Errno::ENXIO) || error.is(Errno::ERANGE) => {
-                        self.refresh_devices(stream)?;
+                Step::Sync(mut request) => {
+                    let now = self.shaper.now();
+                    let in_flight = self.resync.outstanding_sectors() * SECTOR_BYTES;
+                    let allowed = self.shaper.resync.allowance(in_flight, now) / SECTOR_BYTES;
+                    if allowed == 0 {
+                        return Ok(true);
                     }
-                    Err(error) => return Err(error.into()),
-                },
+                    request.sectors = request.sectors.min(allowed);
+                    match Self::request(stream, &request) {
+                        Ok(0) => return Ok(true),
+                        Ok(taken) => {
+                            self.shaper.resync.on_asked(taken * SECTOR_BYTES, now);
+                            self.resync.on_taken(taken);
+                        }
+                        Err(error) if error.is(Errno::ENXIO) || error.is(Errno::ERANGE) => {
+                            self.refresh_devices(stream)?;
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                }
                 Step::Declare { .. } if self.recovers(stream)? => {
                     self.resync_after = Some(Instant::now() + RESYNC_RETRY);
                     return Ok(true);

@@ -26,6 +26,9 @@ impl Worker {
                 } => drop(reply.send(self.start(stream, &devices, kind))),
                 Command::Pause { paused, reply } => drop(reply.send(self.pause(paused))),
                 Command::Stop { reply } => drop(reply.send(self.stop_job())),
+                Command::Bandwidth { change, reply } => {
+                    drop(reply.send(self.shaper.bandwidth(change.as_ref())));
+                }
                 Command::Wait { reply } => drop(reply.send(self.wait_for(stream))),
             }
             self.published = Instant::now() - PUBLISH_EVERY;

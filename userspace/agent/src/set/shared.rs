@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use dtloop_api::Failure;
+use dtloop_api::{Bandwidth, BandwidthChange, Failure};
 use dtloop_core::mirror::JobKind;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -37,6 +37,13 @@ pub enum Command {
     Stop {
         /// The job's id.
         reply: Sender<Result<u64, Failure>>,
+    },
+    /// Show or change the bandwidth limit.
+    Bandwidth {
+        /// How.
+        change: Option<BandwidthChange>,
+        /// As it is afterwards.
+        reply: Sender<Result<Bandwidth, Failure>>,
     },
     /// Report the next sequence number, after a look for changes outside of the stream.
     Wait {

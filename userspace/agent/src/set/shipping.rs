@@ -17,6 +17,7 @@ use super::{
     WAKE_AHEAD, Worker,
 };
 use crate::link::{LinkError, SILENCE_MAX};
+use crate::shaper::Flight;
 use crate::ship::Shipped;
 
 impl Worker {
@@ -55,6 +56,9 @@ impl Worker {
             self.take_messages(stream, session)?;
             self.release(stream, session)?;
             self.tend_intents(stream, session)?;
+            let next = session.core.next_to_send();
+            self.shaper
+                .tick(|| stream.ring().desc(next).ok().map(|desc| desc.time_ns));
             let waits = self.drive(stream, session)?;
             self.restore_order(session.core.ack().applied_seq);
             if self.send_records(stream, session)? {
@@ -76,11 +80,15 @@ impl Worker {
         stream: &dyn CaptureStream,
         session: &mut Session,
     ) -> Result<bool, End> {
+        let room = self.shaper.room();
+        if room == 0 {
+            return self.send_messages(session);
+        }
         let first = session.core.next_to_send();
         let hold = stream.ring().hold(first)?;
         let mut seq = first;
         let mut sent = Sent::default();
-        while seq < hold.end() && !session.outbox.is_full() {
+        while seq < hold.end() && !session.outbox.is_full() && session.outbox.bytes() < room {
             let record = hold.record(seq)?;
             if matches!(
                 record.desc.op,
@@ -95,24 +103,48 @@ impl Worker {
                 sent.time_ns = record.desc.time_ns;
             }
             self.after_record(&shipped);
+            if sent.live_ns.is_none() && shipped.body.op != Op::Sync {
+                sent.live_ns = Some(record.desc.time_ns);
+            }
             sent.bytes += record.payload.len() as u64;
             seq += 1;
         }
-        if session.outbox.is_empty() {
-            if seq == first {
-                return Ok(false);
-            }
-        } else {
-            self.totals.sent_bytes += session.outbox.bytes() as u64;
-            session.outbox.send(&mut session.link, Some(&hold))?;
+        if session.outbox.is_empty() && seq == first {
+            return Ok(false);
         }
+        self.shaper
+            .pack(&mut session.outbox, session.id, Some(&hold))?;
+        let wire = session.outbox.bytes();
+        self.totals.sent_bytes += wire as u64;
+        session.outbox.send(&mut session.link, Some(&hold))?;
+        let mut flight = None;
         if seq > first {
             self.totals.records += seq - first;
             self.totals.payload_bytes += sent.bytes;
             sent.last = seq - 1;
+            flight = Some(Flight {
+                last: sent.last,
+                bytes: sent.bytes,
+                live_ns: sent.live_ns,
+            });
             session.batches.push_back(sent);
         }
+        let blocked = std::mem::take(&mut session.link.blocked);
+        self.shaper.on_sent(wire, blocked, flight);
         session.core.on_sent(seq);
+        Ok(true)
+    }
+
+    /// Sends what is no record: that is never held up by the bandwidth limit. False: there was nothing.
+    fn send_messages(&mut self, session: &mut Session) -> Result<bool, End> {
+        let wire = session.outbox.bytes();
+        if wire == 0 {
+            return Ok(false);
+        }
+        self.totals.sent_bytes += wire as u64;
+        session.outbox.send(&mut session.link, None)?;
+        let blocked = std::mem::take(&mut session.link.blocked);
+        self.shaper.on_sent(wire, blocked, None);
         Ok(true)
     }
 
@@ -255,6 +287,7 @@ impl Worker {
             match message {
                 Message::Ack(ack) => {
                     session.core.on_ack(&ack)?;
+                    self.shaper.on_durable(ack.durable_seq);
                     let applied = |sent: &Sent| sent.last <= ack.applied_seq;
                     while let Some(sent) = session.batches.pop_front() {
                         if !applied(&sent) {
@@ -305,7 +338,7 @@ impl Worker {
                         .outbox
                         .message(session.id, 0, &Message::Pong(number))?;
                 }
-                Message::Pong(_) => {}
+                Message::Pong(_) => self.shaper.on_pong(session.pinged.elapsed()),
                 Message::Bye(refuse) => return Err(End::Refused(refuse)),
                 _ => return Err(LinkError::Flood.into()),
             }
@@ -326,7 +359,7 @@ impl Worker {
         }
     }
 
-    pub(super) fn ping(&self, session: &mut Session) -> Result<(), End> {
+    pub(super) fn ping(&mut self, session: &mut Session) -> Result<(), End> {
         if session.link.heard.elapsed() > SILENCE_MAX {
             return Err(LinkError::Silent.into());
         }
@@ -335,7 +368,7 @@ impl Worker {
             session
                 .outbox
                 .message(session.id, 0, &Message::Ping(session.core.next_to_send()))?;
-            session.outbox.send(&mut session.link, None)?;
+            self.send_messages(session)?;
         }
         Ok(())
     }
@@ -343,7 +376,7 @@ impl Worker {
     /// Sleeps until something comes. After a batch it waits a moment for more records at once, so
     /// that a busy stream costs few wake-ups.
     pub(super) fn sleep(
-        &self,
+        &mut self,
         stream: &dyn CaptureStream,
         session: &Session,
         quiet: &mut bool,
@@ -351,6 +384,23 @@ impl Worker {
     ) -> Result<(), End> {
         let ring = stream.ring();
         let next = session.core.next_to_send();
+        let begin = Instant::now();
+        // With records at hand that may not be sent yet, to be woken by more of them is of no use.
+        let limited = self
+            .shaper
+            .blocked_for()
+            .filter(|_| next < ring.committed());
+        if let Some(time) = limited {
+            let time = time.min(if waits { JOB_WAIT } else { PUBLISH_EVERY });
+            let others = [self.shared.wake.as_fd()];
+            session
+                .link
+                .wait(false, &others, time)
+                .map_err(LinkError::from)?;
+            let _ = self.shared.wake.read();
+            self.shaper.on_slept(begin.elapsed(), true);
+            return Ok(());
+        }
         let busy = !std::mem::replace(quiet, true);
         let ahead = WAKE_AHEAD.min(u64::from(ring.geometry().desc_count) / 8);
         let wake = if busy { next + ahead.max(1) - 1 } else { next };
@@ -370,6 +420,7 @@ impl Worker {
             .wait(false, &others, timeout)
             .map_err(LinkError::from)?;
         let _ = self.shared.wake.read();
+        self.shaper.on_slept(begin.elapsed(), false);
         Ok(())
     }
 }

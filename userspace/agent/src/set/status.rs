@@ -54,6 +54,7 @@ impl Worker {
                 since_ms: ms(session.since.elapsed()),
             };
         }
+        snapshot.status.shaping = self.shaper.report();
         if let Some(stream) = stream {
             self.fill_positions(&mut snapshot.status, stream, session);
             if let Ok(devices) = stream.devices() {

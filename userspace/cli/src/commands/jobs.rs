@@ -171,7 +171,7 @@ fn judge(outcome: &Outcome, done: &str) -> Result<(String, Code), ClientError> {
         Outcome::Mirror(results) => both(results.iter().map(mirrored).collect()),
         Outcome::Verify(results) => both(results.iter().map(verified).collect()),
         Outcome::Wait(result) => (waited(result), Code::Done),
-        Outcome::Status(_) => return Err(ClientError::Unexpected),
+        Outcome::Status(_) | Outcome::Bandwidth(_) => return Err(ClientError::Unexpected),
     })
 }
 

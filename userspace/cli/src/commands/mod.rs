@@ -10,6 +10,7 @@ mod intent;
 mod jobs;
 mod progress;
 mod resize;
+mod shaping;
 mod status;
 
 use std::fs::{self, File};
@@ -46,6 +47,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<Code> {
         Command::Mirror(args) => jobs::mirror(&context, args),
         Command::Verify(args) => jobs::verify(&context, args),
         Command::Wait(args) => jobs::wait(&context, args),
+        Command::Bandwidth(args) => shaping::run(&context, args),
         Command::Spare => spare(&context),
         Command::Man { dir } => man(dir),
     }

@@ -313,6 +313,7 @@ impl Set {
                 size::bytes(agent.rates.captured_bytes_per_s),
                 size::bytes(agent.rates.sent_bytes_per_s)
             );
+            text += &super::shaping::status(&agent.shaping);
         }
         if let Some(stream) = &self.stream {
             text += &format!("  ring     {}\n", ring(stream));

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use dtloop_abi::CaptureStream;
 use dtloop_abi::testing::FakeStream;
-use dtloop_agent::config::{SetConfig, TransportKind};
+use dtloop_agent::config::{Compression, SetConfig, TransportKind};
 use dtloop_agent::control::{self, Sets};
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::Streams;
@@ -74,6 +74,8 @@ pub struct Lab {
     sectors: u64,
     /// Size of the target's journal and of its segments.
     pub journal_bytes: (u64, u64),
+    /// What the agent is told to do.
+    pub compression: Compression,
 }
 
 impl Lab {
@@ -87,6 +89,7 @@ impl Lab {
             device,
             sectors,
             journal_bytes: (64 << 20, 16 << 20),
+            compression: Compression::default(),
         };
         lab.set_image_sectors(sectors);
         lab
@@ -176,6 +179,10 @@ impl Lab {
             target: address.to_string(),
             transport: TransportKind::Plaintext,
             retry_ms_max: 100,
+            bandwidth: Default::default(),
+            compression: self.compression,
+            mirror_rate: Default::default(),
+            resync_rate: Default::default(),
         };
         let shared = Arc::new(SetShared::new(&config).unwrap());
         let streams = Arc::new(OneStream(Mutex::new(self.stream.clone())));
@@ -234,6 +241,15 @@ impl Lab {
                 }
             }
         })
+    }
+
+    /// Waits until a change of that size surely finds room in the ring.
+    pub fn await_room(&self, bytes: u64) {
+        let deadline = Instant::now() + DEADLINE;
+        while self.stream.status().unwrap().used_bytes + bytes > 2 << 20 {
+            assert!(Instant::now() < deadline, "the ring is never emptied");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub fn is_dirty(&self) -> bool {
