@@ -18,14 +18,12 @@
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
 //! | target | [`apply`] | what a record does to a volume |
 //! | target | [`binding`] | whom a volume belongs to |
-//! | target | [`journal`] | the layout of the journal on disk |
 
 #![forbid(unsafe_code)]
 
 pub mod apply;
 pub mod binding;
 pub mod coverage;
-pub mod journal;
 pub mod mirror;
 pub mod replica;
 pub mod resync;

@@ -180,7 +180,7 @@ impl Config {
         }
         let segment = self.journal.segment_size.0;
         ensure!(
-            segment >= 8 << 20 && segment % dtloop_core::journal::BLOCK_BYTES == 0,
+            segment >= 8 << 20 && segment % dtloop_journal::layout::BLOCK_BYTES == 0,
             "journal.segment_size must be at least 8MiB and a multiple of 4096"
         );
         ensure!(
