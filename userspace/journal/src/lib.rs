@@ -33,7 +33,8 @@ use dtloop_disk::Disk;
 use dtloop_proto::Uuid;
 use serde::{Deserialize, Serialize};
 
-pub use reader::{Batch, Reader};
+use layout::{SEGMENT_HEADER_BYTES, SegmentError, SegmentHeader};
+pub use reader::{Batch, Glimpse, Reader};
 pub use writer::Journal;
 
 /// A place in the journal.
@@ -111,9 +112,51 @@ fn segment_path(dir: &Path, number: u64) -> PathBuf {
 /// Numbers of the segment files in a directory, ascending.
 fn segment_numbers(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<u64>> {
     let number = |name: &String| name.strip_suffix(".seg")?.parse::<u64>().ok();
-    let mut numbers: Vec<u64> = disk.list(dir)?.iter().filter_map(number).collect();
+    let names = match disk.list(dir) {
+        Ok(names) => names,
+        // A journal that was never opened.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => vec![],
+        Err(error) => return Err(error),
+    };
+    let mut numbers: Vec<u64> = names.iter().filter_map(number).collect();
     numbers.sort_unstable();
     Ok(numbers)
+}
+
+/// A segment file: its number and path, and its header, or why it has none.
+pub struct Segment {
+    /// From its name.
+    pub number: u64,
+    /// Where it is.
+    pub path: PathBuf,
+    /// See above.
+    pub header: Result<SegmentHeader, SegmentError>,
+}
+
+/// The segment files in a directory, whoever wrote them.
+///
+/// # Errors
+///
+/// Those of the file system.
+pub fn survey(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<Segment>> {
+    let mut segments = vec![];
+    for number in segment_numbers(disk, dir)? {
+        let path = segment_path(dir, number);
+        let mut header = [0; SEGMENT_HEADER_BYTES];
+        let file = disk.open(&path, false);
+        let header = match file.and_then(|file| file.read_at(&mut header, 0)) {
+            Ok(()) => SegmentHeader::parse(&header),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(SegmentError::Magic),
+            // Whoever reads it meets the error again.
+            Err(_) => Err(SegmentError::Checksum),
+        };
+        segments.push(Segment {
+            number,
+            path,
+            header,
+        });
+    }
+    Ok(segments)
 }
 
 #[cfg(test)]

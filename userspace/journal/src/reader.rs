@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use dtloop_disk::{Disk, DiskFile};
 use dtloop_proto::header::HEADER_BYTES;
+use dtloop_proto::record::RECORD_BYTES;
 use dtloop_proto::{Decoded, Uuid, decode};
 
 use crate::layout::{
@@ -40,6 +41,21 @@ impl Batch {
         }
         digest.finalize() == self.header.digest
     }
+}
+
+/// Bytes of the first frame that a [`Glimpse`] holds: header and body of a record.
+const GLIMPSE_BYTES: usize = HEADER_BYTES + RECORD_BYTES;
+
+/// A batch of which only the beginning was read; whether it is whole is not known.
+pub struct Glimpse {
+    /// Its header.
+    pub header: BatchHeader,
+    /// The beginning of its frames: header and body of the first record.
+    pub beginning: Vec<u8>,
+    /// The place at which it begins.
+    pub at: Position,
+    /// The place behind it.
+    pub end: Position,
 }
 
 /// Reads batches from a place on, across segments, up to the end or to the first one whose header does not count.
@@ -79,13 +95,33 @@ impl Reader {
     ///
     /// Those of the file system.
     pub fn next_batch(&mut self) -> io::Result<Option<Batch>> {
+        let batch = self.next(read_batch)?;
+        if let Some(batch) = &batch {
+            self.at = batch.end;
+        }
+        Ok(batch)
+    }
+
+    /// As [`Reader::next_batch`], but of the frames only the beginning is read.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system.
+    pub fn next_glimpse(&mut self) -> io::Result<Option<Glimpse>> {
+        let glimpse = self.next(read_glimpse)?;
+        if let Some(glimpse) = &glimpse {
+            self.at = glimpse.end;
+        }
+        Ok(glimpse)
+    }
+
+    fn next<T>(&mut self, read: ReadAt<T>) -> io::Result<Option<T>> {
         let mut at = self.at;
         loop {
             if at.segment > 0 && self.open(at.segment)? {
                 if let Some((file, segment)) = &self.file {
-                    if let Some(batch) = read_batch(&**file, segment, at.offset)? {
-                        self.at = batch.end;
-                        return Ok(Some(batch));
+                    if let Some(found) = read(&**file, segment, at.offset)? {
+                        return Ok(Some(found));
                     }
                 }
             }
@@ -140,11 +176,15 @@ fn read(file: &dyn DiskFile, data: &mut [u8], offset: u64) -> io::Result<bool> {
     }
 }
 
-fn read_batch(
+/// Reads what is at an offset of a segment; `None` if there is nothing that counts.
+type ReadAt<T> = fn(&dyn DiskFile, &SegmentHeader, u64) -> io::Result<Option<T>>;
+
+/// The header of a batch and the offset behind it.
+fn read_header(
     file: &dyn DiskFile,
     segment: &SegmentHeader,
     offset: u64,
-) -> io::Result<Option<Batch>> {
+) -> io::Result<Option<(BatchHeader, u64)>> {
     let fits = |bytes: u64| {
         let end = offset.checked_add(bytes);
         end.is_some_and(|end| end <= segment.bytes)
@@ -157,16 +197,48 @@ fn read_batch(
         return Ok(None);
     };
     let total = batch_bytes(u64::from(header.bytes));
-    if !fits(total) {
+    Ok(fits(total).then_some((header, offset + total)))
+}
+
+fn read_glimpse(
+    file: &dyn DiskFile,
+    segment: &SegmentHeader,
+    offset: u64,
+) -> io::Result<Option<Glimpse>> {
+    let Some((header, end)) = read_header(file, segment, offset)? else {
+        return Ok(None);
+    };
+    let mut beginning = vec![0; GLIMPSE_BYTES.min(header.bytes as usize)];
+    if !read(file, &mut beginning, offset + BATCH_HEADER_BYTES as u64)? {
         return Ok(None);
     }
+    let place = |offset| Position {
+        segment: segment.number,
+        offset,
+    };
+    Ok(Some(Glimpse {
+        header,
+        beginning,
+        at: place(offset),
+        end: place(end),
+    }))
+}
+
+fn read_batch(
+    file: &dyn DiskFile,
+    segment: &SegmentHeader,
+    offset: u64,
+) -> io::Result<Option<Batch>> {
+    let Some((header, end)) = read_header(file, segment, offset)? else {
+        return Ok(None);
+    };
     let mut frames = vec![0; header.bytes as usize];
     if !read(file, &mut frames, offset + BATCH_HEADER_BYTES as u64)? {
         return Ok(None);
     }
     let end = Position {
         segment: segment.number,
-        offset: offset + total,
+        offset: end,
     };
     Ok(Some(Batch {
         header,
