@@ -13,6 +13,8 @@
 //! | source | [`mirror`] | which range to read next for mirror and verify; keeps its place |
 //! | source | [`resync`] | when every change that was not in the stream has been sent again |
 //! | source | [`coverage`] | whether comparing the marked regions is enough after a crash |
+//! | source | [`ladder`] | when records go from the ring into the disk queue; what people see of it |
+//! | source | [`spool`] | which records are in the ring, in the queue, or missing |
 //! | source | [`replica`] | what the source remembers of a set, and what must be mirrored |
 //! | target | [`sequence`] | whether a record is the next one, a duplicate, or a hole before it |
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
@@ -24,12 +26,15 @@
 pub mod apply;
 pub mod binding;
 pub mod coverage;
+pub mod ladder;
 pub mod mirror;
 pub mod replica;
 pub mod resync;
 pub mod sequence;
 pub mod set;
+pub mod size;
 pub mod source;
+pub mod spool;
 
 /// Reads and writes a [`Uuid`](dtloop_proto::Uuid) as text in the state files.
 pub mod uuid_text {
