@@ -4,11 +4,13 @@
 //! as slices of the ring, all of it sent by one writev.
 
 use std::io::IoSlice;
+use std::time::Duration;
 
 use dtloop_abi::{Hold, raw};
 use dtloop_core::mirror::is_hash_cookie;
+use dtloop_proto::header::{HEADER_BYTES, HeaderError};
 use dtloop_proto::record::{STATE_COMMITTED, STATE_FAILED};
-use dtloop_proto::{FrameError, Op, RecordBody, RecordKind, frame};
+use dtloop_proto::{FrameError, Header, Op, RecordBody, RecordKind, frame};
 
 use crate::link::{Link, LinkError};
 
@@ -43,15 +45,6 @@ pub enum ShipError {
     },
 }
 
-/// A record that was put into a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Shipped {
-    /// As in the ring.
-    pub desc: raw::Desc,
-    /// As on the wire.
-    pub body: RecordBody,
-}
-
 /// What goes onto the wire next. Buffers are kept from batch to batch.
 #[derive(Debug, Default)]
 pub struct Outbox {
@@ -59,6 +52,8 @@ pub struct Outbox {
     /// End of a piece in `scratch`, and the record whose payload follows it.
     pieces: Vec<(usize, Option<u64>)>,
     payload_bytes: usize,
+    /// What was copied out of the ring because the target did not take it.
+    rest: Vec<u8>,
 }
 
 /// The body that a descriptor travels as.
@@ -143,7 +138,7 @@ impl Outbox {
         session: u64,
         desc: &raw::Desc,
         payload: &[u8],
-    ) -> Result<Shipped, ShipError> {
+    ) -> Result<(), ShipError> {
         let body = body_of(desc)?;
         let refused = |error: FrameError| ShipError::Record {
             seq: desc.seq,
@@ -175,29 +170,88 @@ impl Outbox {
                 self.payload_bytes += payload.len();
             }
         }
-        Ok(Shipped { desc: *desc, body })
+        Ok(())
     }
 
-    /// Sends everything.
+    /// Adds a record that was read back from the disk queue: its frame as it was written there, under this session.
     ///
     /// # Errors
     ///
-    /// Why it could not; the connection is of no more use then.
-    pub fn send(&mut self, link: &mut Link, hold: Option<&Hold>) -> Result<(), ShipError> {
+    /// If it is no frame.
+    pub fn stored(&mut self, session: u64, frame: &[u8]) -> Result<(), FrameError> {
+        let Some((header, rest)) = frame.split_first_chunk::<HEADER_BYTES>() else {
+            return Err(HeaderError::Magic([0; 4]).into());
+        };
+        let header = Header {
+            session,
+            ..Header::parse(header)?
+        };
+        self.scratch.extend_from_slice(&header.pack());
+        self.scratch.extend_from_slice(rest);
+        Ok(())
+    }
+
+    /// What was added last begins here, in bytes; see [`Outbox::header_at`].
+    #[must_use]
+    pub fn place(&self) -> usize {
+        self.scratch.len()
+    }
+
+    /// The frame header that was added at that place.
+    #[must_use]
+    pub fn header_at(&self, place: usize) -> &[u8] {
+        self.scratch
+            .get(place..place + HEADER_BYTES)
+            .unwrap_or_default()
+    }
+
+    /// Everything that waits, in order.
+    ///
+    /// # Errors
+    ///
+    /// If a payload cannot be read from the ring.
+    pub fn slices<'a>(&'a self, hold: Option<&'a Hold>) -> Result<Vec<&'a [u8]>, ShipError> {
         let mut slices = Vec::with_capacity(self.pieces.len() * 2 + 1);
         let mut start = 0;
         for (end, seq) in &self.pieces {
-            slices.push(IoSlice::new(&self.scratch[start..*end]));
+            slices.push(&self.scratch[start..*end]);
             if let (Some(hold), Some(seq)) = (hold, seq) {
-                slices.push(IoSlice::new(hold.payload(*seq)?));
+                slices.push(hold.payload(*seq)?);
             }
             start = *end;
         }
         if start < self.scratch.len() {
-            slices.push(IoSlice::new(&self.scratch[start..]));
+            slices.push(&self.scratch[start..]);
         }
-        let result = link.send(&mut slices);
-        drop(slices);
+        Ok(slices)
+    }
+
+    /// Sends everything. With `patience`, payload is copied out of the ring and the ring let go when the target has not
+    /// taken it in that time: what a disk queue holds can be released then, however long the connection is stuck.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not; the connection is of no more use then.
+    pub fn send(
+        &mut self,
+        link: &mut Link,
+        hold: Option<Hold>,
+        patience: Option<Duration>,
+    ) -> Result<(), ShipError> {
+        let mut rest = std::mem::take(&mut self.rest);
+        let slices = self.slices(hold.as_ref())?;
+        let mut slices: Vec<_> = slices.into_iter().map(IoSlice::new).collect();
+        let mut left = &mut slices[..];
+        let mut result = link.send_within(&mut left, patience);
+        if result.is_ok() && !left.is_empty() {
+            rest.clear();
+            for piece in left.iter() {
+                rest.extend_from_slice(piece);
+            }
+            drop(hold);
+            result = link.send(&mut [IoSlice::new(&rest)]);
+        }
+        self.rest = rest;
         self.clear();
         Ok(result?)
     }

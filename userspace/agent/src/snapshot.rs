@@ -241,6 +241,8 @@ impl Snapshot {
                 lag_ms: 0,
                 rates: dtloop_api::Rates::default(),
                 totals: dtloop_api::Totals::default(),
+                ladder: dtloop_api::Ladder::default(),
+                queue: None,
                 devices: vec![],
             },
             job: None,

@@ -6,23 +6,27 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use dtloop_abi::{CaptureStream, Extent, raw};
+use dtloop_abi::{CaptureStream, Extent, Hold, raw};
 use dtloop_api::Connection;
 use dtloop_core::resync;
 use dtloop_proto::message::Refuse;
-use dtloop_proto::{Code, Message, Op};
+use dtloop_proto::record::F_DEVICES;
+use dtloop_proto::{Code, Message, Op, RecordBody};
 
+use super::queueing::Source;
 use super::{
     BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, PING_AFTER, PUBLISH_EVERY, Sent, Session,
     WAKE_AHEAD, Worker,
 };
 use crate::link::{LinkError, SILENCE_MAX};
-use crate::ship::Shipped;
+use crate::ship::body_of;
 
 impl Worker {
     pub(super) fn ship(&mut self, stream: &dyn CaptureStream, mut session: Session) -> End {
         self.connection = Connection::Connected { since_ms: 0 };
+        self.tell_queue(true);
         let end = self.ship_until_the_end(stream, &mut session);
+        self.tell_queue(false);
         stream.ring().disarm_wake();
         let end = end.err().unwrap_or(End::Stopping);
         if matches!(end, End::Stopping) {
@@ -36,7 +40,7 @@ impl Worker {
                 .is_ok();
             if said {
                 // The target notices the end without it as well.
-                let _ = session.outbox.send(&mut session.link, None);
+                let _ = session.outbox.send(&mut session.link, None, None);
             }
         }
         self.publish(Some(stream), None);
@@ -77,71 +81,97 @@ impl Worker {
         session: &mut Session,
     ) -> Result<bool, End> {
         let first = session.core.next_to_send();
-        let hold = stream.ring().hold(first)?;
+        let hold = match self.source_of(stream, session)? {
+            Source::Ring(hold) => hold,
+            Source::Queue(batch) => return self.send_stored(stream, session, &batch),
+            Source::Nothing => return Ok(false),
+        };
         let mut seq = first;
         let mut sent = Sent::default();
         while seq < hold.end() && !session.outbox.is_full() {
             let record = hold.record(seq)?;
-            if matches!(
-                record.desc.op,
-                raw::OP_ATTACH | raw::OP_DETACH | raw::OP_RESIZE | raw::OP_GAP
-            ) {
-                self.before_special(stream, session, &record.desc)?;
-            }
-            let shipped = session
+            let body = body_of(&record.desc)?;
+            self.before_record(stream, session, &body)?;
+            session
                 .outbox
                 .record(session.id, &record.desc, record.payload)?;
             if seq == first {
                 sent.time_ns = record.desc.time_ns;
             }
-            self.after_record(&shipped);
+            self.after_record(seq, &body);
             sent.bytes += record.payload.len() as u64;
             seq += 1;
         }
+        self.send_batch(session, Some(hold), sent, seq)
+    }
+
+    /// Sends what is in the outbox: the records up to `next`, and messages. False: nothing is.
+    pub(super) fn send_batch(
+        &mut self,
+        session: &mut Session,
+        hold: Option<Hold>,
+        mut sent: Sent,
+        next: u64,
+    ) -> Result<bool, End> {
+        let first = session.core.next_to_send();
         if session.outbox.is_empty() {
-            if seq == first {
+            if next == first {
                 return Ok(false);
             }
         } else {
             self.totals.sent_bytes += session.outbox.bytes() as u64;
-            session.outbox.send(&mut session.link, Some(&hold))?;
+            let patience = self.hold_patience();
+            session.outbox.send(&mut session.link, hold, patience)?;
         }
-        if seq > first {
-            self.totals.records += seq - first;
+        if next > first {
+            self.totals.records += next - first;
             self.totals.payload_bytes += sent.bytes;
-            sent.last = seq - 1;
+            sent.last = next - 1;
             session.batches.push_back(sent);
         }
-        session.core.on_sent(seq);
+        session.core.on_sent(next);
         Ok(true)
+    }
+
+    /// What must be said before a record that changes the devices.
+    pub(super) fn before_record(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+        body: &RecordBody,
+    ) -> Result<(), End> {
+        if matches!(body.op, Op::Attach | Op::Detach | Op::Resize | Op::Gap) {
+            self.before_special(stream, session, body)?;
+        }
+        Ok(())
     }
 
     pub(super) fn before_special(
         &mut self,
         stream: &dyn CaptureStream,
         session: &mut Session,
-        desc: &raw::Desc,
+        body: &RecordBody,
     ) -> Result<(), End> {
         let known = self
             .reports
             .iter()
-            .any(|report| report.device == desc.device);
+            .any(|report| report.device == body.device);
         self.refresh_devices(stream)?;
-        if desc.op == raw::OP_ATTACH {
-            self.await_device(stream, desc.device)?;
+        if body.op == Op::Attach {
+            self.await_device(stream, body.device)?;
         }
-        let changed: Vec<u32> = match desc.op {
-            raw::OP_ATTACH if known => vec![],
-            raw::OP_ATTACH => vec![desc.device],
-            raw::OP_RESIZE => {
-                self.on_resize(stream, desc);
-                vec![desc.device]
+        let changed: Vec<u32> = match body.op {
+            Op::Attach if known => vec![],
+            Op::Attach => vec![body.device],
+            Op::Resize => {
+                self.on_resize(stream, body);
+                vec![body.device]
             }
-            raw::OP_GAP if desc.flags & raw::F_DEVICES != 0 => {
+            Op::Gap if body.flags & F_DEVICES != 0 => {
                 self.devices.iter().map(|device| device.device_id).collect()
             }
-            raw::OP_DETACH => {
-                self.on_detach(desc.device);
+            Op::Detach => {
+                self.on_detach(body.device);
                 vec![]
             }
             _ => vec![],
@@ -171,10 +201,10 @@ impl Worker {
         Ok(())
     }
 
-    pub(super) fn on_resize(&mut self, stream: &dyn CaptureStream, desc: &raw::Desc) {
-        let (before, after) = (desc.start_sector, desc.aux);
+    pub(super) fn on_resize(&mut self, stream: &dyn CaptureStream, body: &RecordBody) {
+        let (before, after) = (body.start_sector, body.aux);
         if let Some(planner) = &mut self.planner {
-            planner.on_resize(desc.device, after);
+            planner.on_resize(body.device, after);
         }
         if after > before {
             // What the new part holds was never in the stream.
@@ -182,11 +212,11 @@ impl Worker {
                 start_sector: before,
                 sectors: after - before,
             };
-            if let Err(error) = stream.dirty_set(desc.device, extent) {
+            if let Err(error) = stream.dirty_set(body.device, extent) {
                 tracing::error!(
                     "Set \"{}\", device {}: {error}.",
                     self.config.name,
-                    desc.device
+                    body.device
                 );
             }
             self.resync.on_loss();
@@ -206,27 +236,21 @@ impl Worker {
         }
     }
 
-    pub(super) fn after_record(&mut self, shipped: &Shipped) {
-        let Shipped { desc, body } = shipped;
+    /// What a record means for mirror and resync is decided when it is sent, not when it goes into the disk queue: a
+    /// marker may stand only behind records that were sent, and an acknowledgement is for what was sent.
+    pub(super) fn after_record(&mut self, seq: u64, body: &RecordBody) {
         if body.op == Op::Sync {
             let failed = !body.is_committed();
-            let sectors = u64::from(desc.sectors);
-            if desc.aux == resync::COOKIE {
-                self.resync
-                    .on_record(desc.device, desc.start_sector, sectors, failed);
+            let (device, start, sectors) =
+                (body.device, body.start_sector, u64::from(body.sectors));
+            if body.aux == resync::COOKIE {
+                self.resync.on_record(device, start, sectors, failed);
             } else if let Some(planner) = &mut self.planner {
-                planner.on_record(
-                    desc.seq,
-                    desc.device,
-                    desc.start_sector,
-                    sectors,
-                    desc.aux,
-                    failed,
-                );
+                planner.on_record(seq, device, start, sectors, body.aux, failed);
             }
         } else if body.loses_order() {
-            let (from, last) = self.lost.unwrap_or((desc.seq, desc.seq));
-            self.lost = Some((from, last.max(desc.seq)));
+            let (from, last) = self.lost.unwrap_or((seq, seq));
+            self.lost = Some((from, last.max(seq)));
             self.resync.on_loss();
         }
     }
@@ -237,6 +261,7 @@ impl Worker {
         session: &Session,
     ) -> Result<(), End> {
         let ring = stream.ring();
+        self.tell_acked(session);
         if session.core.releasable() > ring.released() {
             ring.release(session.core.releasable())?;
             if ring.space_wanted() {
@@ -335,7 +360,7 @@ impl Worker {
             session
                 .outbox
                 .message(session.id, 0, &Message::Ping(session.core.next_to_send()))?;
-            session.outbox.send(&mut session.link, None)?;
+            session.outbox.send(&mut session.link, None, None)?;
         }
         Ok(())
     }
@@ -351,6 +376,15 @@ impl Worker {
     ) -> Result<(), End> {
         let ring = stream.ring();
         let next = session.core.next_to_send();
+        if next < ring.released() {
+            // A hole in the queue: what was sent before is waited for.
+            let others = [self.shared.wake.as_fd()];
+            session
+                .link
+                .wait(false, &others, JOB_WAIT)
+                .map_err(LinkError::from)?;
+            return Ok(());
+        }
         let busy = !std::mem::replace(quiet, true);
         let ahead = WAKE_AHEAD.min(u64::from(ring.geometry().desc_count) / 8);
         let wake = if busy { next + ahead.max(1) - 1 } else { next };
