@@ -26,6 +26,7 @@ mod network;
 mod replication_faults;
 mod replication_files;
 mod replication_mirror;
+mod replication_queue;
 mod replication_recovery;
 mod replication_refusals;
 mod replication_resync;

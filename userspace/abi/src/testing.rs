@@ -381,11 +381,7 @@ impl FakeStream {
             return;
         };
         // Not before a quarter of the ring is free, or every other record would be a GAP.
-        let used = match (model.records.front(), model.records.back()) {
-            (Some(first), Some(last)) => last.end + u64::from(first.desc.payload_bytes) - first.end,
-            _ => 0,
-        };
-        if used > self.inner.status.payload_bytes / 4 * 3 {
+        if used_bytes(model) > self.inner.status.payload_bytes / 4 * 3 {
             return;
         }
         let change = Change {
@@ -476,6 +472,14 @@ impl FakeStream {
     }
 }
 
+/// Payload bytes of the records that are not released.
+fn used_bytes(model: &Model) -> u64 {
+    match (model.records.front(), model.records.back()) {
+        (Some(first), Some(last)) => last.end + u64::from(first.desc.payload_bytes) - first.end,
+        _ => 0,
+    }
+}
+
 /// A descriptor as it lies in memory.
 #[must_use]
 pub fn desc_bytes(desc: &raw::Desc) -> [u8; raw::DESC_BYTES] {
@@ -536,6 +540,7 @@ impl CaptureStream for FakeStream {
         let mut model = self.model();
         let sync_bytes = self.sync_bytes(&mut model);
         Ok(raw::StreamStatus {
+            used_bytes: used_bytes(&model),
             next_seq: model.next_seq,
             committed: model.committed,
             released: self.inner.memory.load(RELEASED),

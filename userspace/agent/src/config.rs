@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use dtloop_core::size::Size;
 use serde::Deserialize;
 pub use shaping::{Bandwidth, Compression, RateMax};
 
@@ -23,6 +24,65 @@ pub const STATE_DIR: &str = "/var/lib/dtloop/agent";
 pub enum TransportKind {
     /// As they are. For trusted networks only.
     Plaintext,
+}
+
+/// When the queue of a set is made durable. Records leave the ring only then, in either mode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SyncMode {
+    /// Some MiB at once.
+    #[default]
+    Group,
+    /// Every batch before the next one is written: at most 1 MiB is ever on its way.
+    Each,
+}
+
+/// The disk queue of a set, `[set.queue]`: where records go when the target is away for longer than the ring lasts.
+/// There is none unless a directory is named: no default could know which disk has room and is none of the set's.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueConfig {
+    /// Where; each set gets a directory of its name in it. On no device of the set.
+    pub dir: PathBuf,
+    /// Most bytes it takes.
+    #[serde(default = "default_queue_size")]
+    pub size: Size,
+    /// The file system keeps at least so many bytes free.
+    #[serde(default = "default_min_free")]
+    pub min_free: Size,
+    /// Bytes of one segment file.
+    #[serde(default = "default_segment_size")]
+    pub segment_size: Size,
+    /// Ring fill in percent at which records begin to go into the queue.
+    #[serde(default = "default_start_at")]
+    pub start_at: u8,
+    /// See [`SyncMode`].
+    #[serde(default)]
+    pub sync: SyncMode,
+}
+
+impl QueueConfig {
+    fn check(&self) -> Result<()> {
+        ensure!(
+            self.dir.is_absolute(),
+            "queue.dir \"{}\" is not an absolute path",
+            self.dir.display()
+        );
+        // A batch is at most 1 MiB of payload, some records more, and their headers.
+        ensure!(
+            self.segment_size.0 >= 4 << 20 && self.segment_size.0 % 4096 == 0,
+            "queue.segment_size must be at least 4MiB and a multiple of 4096"
+        );
+        ensure!(
+            self.size.0 / self.segment_size.0 >= 2,
+            "queue.size must hold at least two segments"
+        );
+        ensure!(
+            (1..=90).contains(&self.start_at),
+            "queue.start_at must be within 1 to 90 percent"
+        );
+        Ok(())
+    }
 }
 
 /// A replication set.
@@ -50,6 +110,9 @@ pub struct SetConfig {
     /// Most bytes per second that a resync reads.
     #[serde(default)]
     pub resync_rate: RateMax,
+    /// Its disk queue, if it has one.
+    #[serde(default)]
+    pub queue: Option<QueueConfig>,
 }
 
 impl SetConfig {
@@ -77,6 +140,22 @@ pub struct Config {
 
 fn default_retry_ms_max() -> u64 {
     2000
+}
+
+fn default_queue_size() -> Size {
+    Size(4 << 30)
+}
+
+fn default_min_free() -> Size {
+    Size(1 << 30)
+}
+
+fn default_segment_size() -> Size {
+    Size(64 << 20)
+}
+
+fn default_start_at() -> u8 {
+    50
 }
 
 fn default_state_dir() -> PathBuf {
@@ -127,6 +206,11 @@ impl Config {
                 "retry_ms_max of set \"{}\" is below 10",
                 set.name
             );
+            if let Some(queue) = &set.queue {
+                queue
+                    .check()
+                    .with_context(|| format!("The queue of set \"{}\"", set.name))?;
+            }
             let twice = config.sets[..index]
                 .iter()
                 .any(|other| other.name == set.name);
@@ -150,6 +234,18 @@ mod tests {
     }
 
     #[test]
+    fn a_queue_needs_only_a_directory() {
+        let text = "[[set]]\nname = \"a\"\ntarget = \"h:1\"\ntransport = \"plaintext\"\n\
+                    [set.queue]\ndir = \"/var/spool/dtloop\"\n\
+                    [[set]]\nname = \"b\"\ntarget = \"h:1\"\ntransport = \"plaintext\"\n";
+        let config = Config::parse(text).unwrap();
+        let queue = config.sets[0].queue.as_ref().unwrap();
+        assert_eq!((queue.size, queue.min_free), (Size(4 << 30), Size(1 << 30)));
+        assert_eq!((queue.start_at, queue.sync), (50, SyncMode::Group));
+        assert_eq!(config.sets[1].queue, None);
+    }
+
+    #[test]
     fn mistakes_are_named() {
         let refused = |text: &str| format!("{:#}", Config::parse(text).unwrap_err());
         assert!(refused("[[set]]\nname = \"a\"\ntarget = \"h:1\"\n").contains("transport"));
@@ -157,5 +253,11 @@ mod tests {
         assert!(refused(&(set.to_owned() + set)).contains("Two sets"));
         assert!(refused(&set.replace("h:1", "h")).contains("host:port"));
         assert!(refused(&set.replace("\"a\"", "\"a/b\"")).contains("a/b"));
+        let queue = |more: &str| refused(&format!("{set}[set.queue]\n{more}"));
+        assert!(queue("size = \"1GiB\"\n").contains("dir"));
+        assert!(queue("dir = \"q\"\n").contains("absolute"));
+        assert!(queue("dir = \"/q\"\nsize = \"64MiB\"\n").contains("two segments"));
+        assert!(queue("dir = \"/q\"\nstart_at = 0\n").contains("start_at"));
+        assert!(queue("dir = \"/q\"\nsegment_size = 5000\n").contains("segment_size"));
     }
 }

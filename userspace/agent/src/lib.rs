@@ -9,8 +9,8 @@
 //!   +------- released <----- acknowledged: durable on the target    <---
 //! ```
 //!
-//! There is no queue but the ring: a record stays there until the target holds it durably, so a
-//! killed agent and a cut connection lose nothing. `set` holds the thread of a set, `link` its
+//! A record stays in the ring until the target or the set's disk queue (`queue`, filled by `spooler`) holds it durably, so
+//! a killed agent and a cut connection lose nothing. `set` holds the thread of a set, `link` its
 //! connection, `control` the socket for `dtloop`. What decides is in `dtloop-core`.
 
 #![forbid(unsafe_code)]
@@ -18,10 +18,13 @@
 pub mod config;
 pub mod control;
 pub mod link;
+pub mod queue;
 pub mod set;
 pub mod shaper;
 pub mod ship;
+pub mod site;
 pub mod snapshot;
+pub mod spooler;
 pub mod streams;
 
 /// Name and version as told to the peer.

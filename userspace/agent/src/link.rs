@@ -125,20 +125,39 @@ impl Link {
     ///
     /// Why the connection cannot be used any more.
     pub fn send(&mut self, mut pieces: &mut [IoSlice<'_>]) -> Result<(), LinkError> {
-        let mut moved = Instant::now();
+        self.send_within(&mut pieces, None)
+    }
+
+    /// Writes everything, or what can be written in this time; `pieces` is what is left.
+    ///
+    /// # Errors
+    ///
+    /// Why the connection cannot be used any more.
+    pub fn send_within(
+        &mut self,
+        pieces: &mut &mut [IoSlice<'_>],
+        patience: Option<Duration>,
+    ) -> Result<(), LinkError> {
+        let begin = Instant::now();
+        let mut moved = begin;
         while !pieces.is_empty() {
             match self.stream.write_vectored(pieces) {
                 Ok(0) => return Err(LinkError::Closed),
                 Ok(written) => {
-                    IoSlice::advance_slices(&mut pieces, written);
+                    IoSlice::advance_slices(pieces, written);
                     moved = Instant::now();
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let left = patience.map(|patience| patience.saturating_sub(begin.elapsed()));
+                    if left.is_some_and(|left| left.is_zero()) {
+                        return Ok(());
+                    }
                     if moved.elapsed() > SILENCE_MAX && self.heard.elapsed() > SILENCE_MAX {
                         return Err(LinkError::Silent);
                     }
                     let begin = Instant::now();
-                    self.wait(true, &[], Duration::from_secs(1))?;
+                    let second = Duration::from_secs(1);
+                    self.wait(true, &[], left.map_or(second, |left| left.min(second)))?;
                     self.blocked += begin.elapsed();
                     self.receive()?;
                 }

@@ -12,6 +12,7 @@
 //! `dtloop` and the reads of mirrors are taken in turn.
 
 mod jobs;
+mod queueing;
 mod recovery;
 mod requests;
 mod shared;
@@ -26,15 +27,18 @@ use std::time::{Duration, Instant};
 
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, Rates, Totals};
+use dtloop_core::ladder::Ladder;
 use dtloop_core::mirror::{DeviceJob, JobKind, JobState, Planner};
 use dtloop_core::replica::{Need, SetMemory};
 use dtloop_core::resync::Resync;
 use dtloop_core::source::{Resumed, SessionError, SourceSession};
+use dtloop_disk::{Disk, RealDisk};
 use dtloop_proto::message::{
     DeviceOffer, Hello, Marker, Past, Refuse, VolumeReport, VolumeSync, Welcome,
 };
 use dtloop_proto::{Message, Uuid};
 
+use queueing::LostRange;
 use shared::lock;
 pub use shared::{Command, SetShared};
 
@@ -43,6 +47,7 @@ use crate::link::{Link, LinkError};
 use crate::shaper::Shaper;
 use crate::ship::{Outbox, ShipError};
 use crate::snapshot::{JobView, recovery};
+use crate::spooler::{self, QueueHandle};
 use crate::streams::Streams;
 
 /// Longest time for the target's answer to the hello: it may be replaying its journal.
@@ -101,6 +106,8 @@ enum End {
     Refused(Refuse),
     #[error("{0}")]
     Stream(String),
+    #[error("it goes on behind records that are lost")]
+    Lost,
     #[error("dtagent ends")]
     Stopping,
 }
@@ -199,6 +206,14 @@ pub struct Worker {
     measured: Measured,
     published: Instant,
     shaper: Shaper,
+    /// For the disk queue.
+    disk: Arc<dyn Disk>,
+    queue: Option<QueueHandle>,
+    /// Where records wait; the queue's thread has it while there is one.
+    ladder: Ladder,
+    began: Instant,
+    /// Records that could not be read back from the queue, until the target knows of the hole.
+    hole: Option<LostRange>,
 }
 
 impl Worker {
@@ -224,8 +239,14 @@ impl Worker {
             .collect();
         let now = Instant::now();
         let reason = "dtagent has just started".to_owned();
+        let start_at = config.queue.as_ref().map_or(100, |queue| queue.start_at);
         Ok(Self {
             shaper: Shaper::new(&config, state_dir),
+            disk: Arc::new(RealDisk),
+            queue: None,
+            ladder: Ladder::new(start_at, spooler::now(now)),
+            began: now,
+            hole: None,
             config,
             shared,
             streams,
@@ -268,6 +289,13 @@ impl Worker {
         })
     }
 
+    /// Keeps the disk queue there instead of in this machine's file systems.
+    #[must_use]
+    pub fn with_disk(mut self, disk: Arc<dyn Disk>) -> Self {
+        self.disk = disk;
+        self
+    }
+
     /// Works until it is stopped.
     pub fn run(mut self) {
         let mut said = String::new();
@@ -275,7 +303,8 @@ impl Worker {
             match self.streams.open(&self.config.name) {
                 Ok(stream) => {
                     said.clear();
-                    let end = self.serve(stream.as_ref());
+                    let end = self.serve(&stream);
+                    self.stop_queue();
                     self.drop_planner();
                     if !matches!(end, End::Stopping) {
                         tracing::error!(
@@ -390,10 +419,12 @@ impl Worker {
         self.resync.set_devices(present);
     }
 
-    fn serve(&mut self, stream: &dyn CaptureStream) -> End {
-        if let Err(end) = self.enter_stream(stream) {
+    fn serve(&mut self, stream: &Arc<dyn CaptureStream>) -> End {
+        if let Err(end) = self.enter_stream(stream.as_ref()) {
             return end;
         }
+        self.start_queue(stream);
+        let stream = stream.as_ref();
         let mut pause = RETRY_MIN;
         let mut said = String::new();
         while !self.shared.is_stopping() {
@@ -470,7 +501,8 @@ impl Worker {
 
     fn connect(&mut self, stream: &dyn CaptureStream) -> Result<Session, End> {
         self.refresh_devices(stream)?;
-        if self.devices.is_empty() && stream.ring().released() == stream.ring().next_seq() {
+        self.await_queue()?;
+        if self.devices.is_empty() && self.is_all_shipped(stream) {
             let reason = "no device is attached to the set".to_owned();
             self.connection = Connection::Idle { reason };
             return Err(End::Link(LinkError::Io(std::io::Error::other(
@@ -487,7 +519,7 @@ impl Worker {
         };
         let mut link =
             Link::connect(&self.config.target, self.config.transport).map_err(LinkError::from)?;
-        let (first_seq, next_seq) = (stream.ring().released(), stream.ring().next_seq());
+        let (first_seq, next_seq) = (self.first_seq(stream), stream.ring().next_seq());
         let hello = Hello {
             version_min: dtloop_proto::VERSION_MIN,
             version_max: dtloop_proto::VERSION_MAX,
@@ -503,7 +535,7 @@ impl Worker {
         };
         let mut outbox = Outbox::default();
         outbox.message(0, 0, &Message::Hello(hello))?;
-        outbox.send(&mut link, None)?;
+        outbox.send(&mut link, None, None)?;
         let welcome = match link.expect_message(WELCOME_TIMEOUT)? {
             (_, Message::Welcome(welcome)) => welcome,
             (_, Message::Refuse(refuse)) => return Err(End::Refused(refuse)),
@@ -531,7 +563,7 @@ impl Worker {
         session
             .outbox
             .message(id, 0, &Message::Ping(session.core.next_to_send()))?;
-        session.outbox.send(&mut session.link, None)?;
+        session.outbox.send(&mut session.link, None, None)?;
         self.reconcile(stream, &mut session, welcome, resumed)?;
         self.totals.connections += 1;
         tracing::info!(
@@ -560,10 +592,7 @@ impl Worker {
                 Some("the target knows nothing of the set".to_owned())
             }
             Resumed::NewStream => Some("the stream began anew".to_owned()),
-            Resumed::Hole { from, to } => Some(format!(
-                "records {from} to {} are lost on the target",
-                to - 1
-            )),
+            Resumed::Hole { from, to } => Some(self.explain_hole(from, to)),
         };
         let position = session.core.next_to_send();
         let held = self.held();

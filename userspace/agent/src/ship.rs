@@ -4,11 +4,13 @@
 //! as slices of the ring, all of it sent by one writev.
 
 use std::io::IoSlice;
+use std::time::Duration;
 
 use dtloop_abi::{Hold, raw};
 use dtloop_core::mirror::is_hash_cookie;
+use dtloop_proto::header::{HEADER_BYTES, HeaderError};
 use dtloop_proto::record::{STATE_COMMITTED, STATE_FAILED};
-use dtloop_proto::{FrameError, Op, RecordBody, RecordKind, frame};
+use dtloop_proto::{FrameError, Header, Op, RecordBody, RecordKind, frame};
 
 use crate::link::{Link, LinkError};
 
@@ -43,15 +45,6 @@ pub enum ShipError {
     },
 }
 
-/// A record that was put into a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Shipped {
-    /// As in the ring.
-    pub desc: raw::Desc,
-    /// As on the wire.
-    pub body: RecordBody,
-}
-
 /// What goes onto the wire next. Buffers are kept from batch to batch.
 #[derive(Debug, Default)]
 pub struct Outbox {
@@ -61,6 +54,8 @@ pub struct Outbox {
     payload_bytes: usize,
     /// There is a message among it that goes by itself, not in a compressed run.
     control: bool,
+    /// What was copied out of the ring because the target did not take it.
+    rest: Vec<u8>,
 }
 
 /// The body that a descriptor travels as.
@@ -152,7 +147,7 @@ impl Outbox {
         session: u64,
         desc: &raw::Desc,
         payload: &[u8],
-    ) -> Result<Shipped, ShipError> {
+    ) -> Result<(), ShipError> {
         let body = body_of(desc)?;
         let refused = |error: FrameError| ShipError::Record {
             seq: desc.seq,
@@ -184,7 +179,39 @@ impl Outbox {
                 self.payload_bytes += payload.len();
             }
         }
-        Ok(Shipped { desc: *desc, body })
+        Ok(())
+    }
+
+    /// Adds a record that was read back from the disk queue: its frame as it was written there, under this session.
+    ///
+    /// # Errors
+    ///
+    /// If it is no frame.
+    pub fn stored(&mut self, session: u64, frame: &[u8]) -> Result<(), FrameError> {
+        let Some((header, rest)) = frame.split_first_chunk::<HEADER_BYTES>() else {
+            return Err(HeaderError::Magic([0; 4]).into());
+        };
+        let header = Header {
+            session,
+            ..Header::parse(header)?
+        };
+        self.scratch.extend_from_slice(&header.pack());
+        self.scratch.extend_from_slice(rest);
+        Ok(())
+    }
+
+    /// What was added last begins here, in bytes; see [`Outbox::header_at`].
+    #[must_use]
+    pub fn place(&self) -> usize {
+        self.scratch.len()
+    }
+
+    /// The frame header that was added at that place.
+    #[must_use]
+    pub fn header_at(&self, place: usize) -> &[u8] {
+        self.scratch
+            .get(place..place + HEADER_BYTES)
+            .unwrap_or_default()
     }
 
     /// Everything that waits, in order.
@@ -237,16 +264,32 @@ impl Outbox {
         }
     }
 
-    /// Sends everything.
+    /// Sends everything. With `patience`, payload is copied out of the ring and the ring let go when the target has not
+    /// taken it in that time: what a disk queue holds can be released then, however long the connection is stuck.
     ///
     /// # Errors
     ///
     /// Why it could not; the connection is of no more use then.
-    pub fn send(&mut self, link: &mut Link, hold: Option<&Hold>) -> Result<(), ShipError> {
-        let slices = self.slices(hold)?;
-        let mut slices: Vec<IoSlice<'_>> = slices.into_iter().map(IoSlice::new).collect();
-        let result = link.send(&mut slices);
-        drop(slices);
+    pub fn send(
+        &mut self,
+        link: &mut Link,
+        hold: Option<Hold>,
+        patience: Option<Duration>,
+    ) -> Result<(), ShipError> {
+        let mut rest = std::mem::take(&mut self.rest);
+        let slices = self.slices(hold.as_ref())?;
+        let mut slices: Vec<_> = slices.into_iter().map(IoSlice::new).collect();
+        let mut left = &mut slices[..];
+        let mut result = link.send_within(&mut left, patience);
+        if result.is_ok() && !left.is_empty() {
+            rest.clear();
+            for piece in left.iter() {
+                rest.extend_from_slice(piece);
+            }
+            drop(hold);
+            result = link.send(&mut [IoSlice::new(&rest)]);
+        }
+        self.rest = rest;
         self.clear();
         Ok(result?)
     }

@@ -242,6 +242,8 @@ impl Snapshot {
                 rates: dtloop_api::Rates::default(),
                 totals: dtloop_api::Totals::default(),
                 shaping: dtloop_api::Shaping::default(),
+                ladder: dtloop_api::Ladder::default(),
+                queue: None,
                 devices: vec![],
             },
             job: None,

@@ -346,8 +346,100 @@ pub struct SetStatus {
     /// Bandwidth limit, compression, pace of mirror and resync.
     #[serde(default)]
     pub shaping: Shaping,
+    /// Where records wait for the target.
+    #[serde(default)]
+    pub ladder: Ladder,
+    /// The disk queue; none is configured without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue: Option<QueueStatus>,
     /// The devices, by loop number.
     pub devices: Vec<DeviceStatus>,
+}
+
+/// Where records wait for the target, and how it came to that.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ladder {
+    /// Where.
+    pub rung: Rung,
+    /// Since when, milliseconds since 1970-01-01 UTC.
+    pub since_unix_ms: u64,
+    /// Why, for people.
+    pub reason: String,
+    /// The last steps of this agent, at most 32, oldest first.
+    #[serde(default)]
+    pub history: Vec<LadderStep>,
+}
+
+/// A rung of the ladder, the best first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rung {
+    /// In the kernel's ring.
+    #[default]
+    Ring,
+    /// In the disk queue, which is being emptied, and in the ring.
+    Draining,
+    /// They are moved from the ring into the disk queue.
+    Spooling,
+    /// The ring is full and no queue can take them: blocks are marked, and sent again later without their order.
+    Tracking,
+    /// A rung that this program does not know.
+    #[serde(other)]
+    Other,
+}
+
+impl Rung {
+    /// In one word, for people.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Ring => "ring",
+            Self::Draining => "draining",
+            Self::Spooling => "spooling",
+            Self::Tracking => "tracking",
+            Self::Other => "unknown",
+        }
+    }
+}
+
+/// A step of the ladder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LadderStep {
+    /// When, milliseconds since 1970-01-01 UTC.
+    pub at_unix_ms: u64,
+    /// Before.
+    pub from: Rung,
+    /// From then on.
+    pub to: Rung,
+    /// Why, for people.
+    pub reason: String,
+}
+
+/// The disk queue of a set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// Where it is.
+    pub dir: String,
+    /// `usable`, `full`, `failing` or `refused`.
+    pub state: String,
+    /// Why it is not usable, for people; else empty.
+    #[serde(default)]
+    pub reason: String,
+    /// Records in it that the target has not acknowledged.
+    pub records: u64,
+    /// Bytes of the batches that hold them.
+    pub bytes: u64,
+    /// Bytes that its segments take on disk.
+    pub disk_bytes: u64,
+    /// Most bytes it may take.
+    pub size_bytes: u64,
+    /// Bytes free on its file system.
+    pub free_bytes: u64,
+    /// Bytes that are to stay free there.
+    pub min_free_bytes: u64,
+    /// Age of the oldest record in it; none: it is empty, or that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oldest_ms: Option<u64>,
 }
 
 /// Averages over the last seconds.

@@ -130,6 +130,27 @@ fn device_states_have_their_golden_form() {
 }
 
 #[test]
+fn the_ladder_has_its_golden_form() {
+    let ladder = Ladder {
+        rung: Rung::Spooling,
+        since_unix_ms: 7,
+        reason: "R".into(),
+        history: vec![LadderStep {
+            at_unix_ms: 7,
+            from: Rung::Ring,
+            to: Rung::Spooling,
+            reason: "R".into(),
+        }],
+    };
+    golden(
+        &ladder,
+        r#"{"rung":"spooling","since_unix_ms":7,"reason":"R","history":[{"at_unix_ms":7,"from":"ring","to":"spooling","reason":"R"}]}"#,
+    );
+    let newer: Rung = serde_json::from_str(r#""cloud""#).unwrap();
+    assert_eq!(newer, Rung::Other);
+}
+
+#[test]
 fn unknown_codes_and_fields_of_a_newer_agent_are_taken() {
     let line = r#"{"reply":"failed","code":"on-fire","message":"M.","more":1}"#;
     let Reply::Failed(failure) = serde_json::from_str(line).unwrap() else {

@@ -13,6 +13,8 @@
 //! | source | [`mirror`] | which range to read next for mirror and verify; keeps its place |
 //! | source | [`resync`] | when every change that was not in the stream has been sent again |
 //! | source | [`coverage`] | whether comparing the marked regions is enough after a crash |
+//! | source | [`ladder`] | when records go from the ring into the disk queue; what people see of it |
+//! | source | [`spool`] | which records are in the ring, in the queue, or missing |
 //! | source | [`replica`] | what the source remembers of a set, and what must be mirrored |
 //! | source | [`schedule`], [`rate`] | how many bytes may be sent when |
 //! | source | [`adaptive`] | whether batches are compressed, and how |
@@ -21,7 +23,6 @@
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
 //! | target | [`apply`] | what a record does to a volume |
 //! | target | [`binding`] | whom a volume belongs to |
-//! | target | [`journal`] | the layout of the journal on disk |
 
 #![forbid(unsafe_code)]
 
@@ -29,7 +30,7 @@ pub mod adaptive;
 pub mod apply;
 pub mod binding;
 pub mod coverage;
-pub mod journal;
+pub mod ladder;
 pub mod mirror;
 pub mod pace;
 pub mod rate;
@@ -38,7 +39,9 @@ pub mod resync;
 pub mod schedule;
 pub mod sequence;
 pub mod set;
+pub mod size;
 pub mod source;
+pub mod spool;
 
 /// Reads and writes a [`Uuid`](dtloop_proto::Uuid) as text in the state files.
 pub mod uuid_text {

@@ -92,7 +92,7 @@ pub trait DiskFile: Send + Sync {
 
 /// Files by path.
 pub trait Disk: Send + Sync {
-    /// Opens a file to read and write; `create`: makes an empty one if there is none.
+    /// Opens a file to read and write, on a read-only file system to read; `create`: makes an empty one if there is none.
     ///
     /// # Errors
     ///

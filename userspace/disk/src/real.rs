@@ -121,7 +121,13 @@ impl Disk for RealDisk {
             .write(true)
             .create(create)
             .truncate(false);
-        Ok(Arc::new(options.open(path)?))
+        let opened = match options.open(path) {
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem && !create => {
+                File::open(path)
+            }
+            opened => opened,
+        };
+        Ok(Arc::new(opened?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

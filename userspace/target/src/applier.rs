@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 use dtloop_core::apply::{Action, action};
 use dtloop_core::binding::{Refusal, check_label};
-use dtloop_core::journal::SEGMENT_HEADER_BYTES;
 use dtloop_core::set::{Admission, SetState};
+use dtloop_disk::Disk;
+use dtloop_journal::{Position, Reader};
 use dtloop_proto::message::{
     DeviceOffer, Hello, Marker, Mismatch, Notice, Past, Verified, VolumeReport, Volumes,
 };
@@ -25,7 +26,7 @@ use dtloop_proto::{Code, Decoded, Frame, Message, RecordBody, RecordKind, Uuid};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::Catalog;
-use crate::journal::{Horizon, Position, Replay};
+use crate::journal::Horizon;
 use crate::outlet::Outlet;
 use crate::volume::Volume;
 use dtloop_store::{self as state_file, StateFileError};
@@ -135,12 +136,11 @@ impl Flags {
 
 /// See the module documentation.
 pub struct Applier {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     state: SetState,
     checkpoint: Position,
     applied: Position,
-    /// Segment of the first batch applied since the checkpoint.
-    first_segment: Option<u64>,
     volumes: HashMap<u32, Volume>,
     catalog: Arc<Catalog>,
     outlet: Arc<Outlet>,
@@ -178,6 +178,7 @@ impl Applier {
         reason = "called once, each is a part of its own"
     )]
     pub fn load(
+        disk: Arc<dyn Disk>,
         dir: &Path,
         source_id: Uuid,
         set: &str,
@@ -193,11 +194,11 @@ impl Applier {
         };
         let saved: Saved = state_file::load(&dir.join("state"))?.unwrap_or_else(fresh);
         Ok(Self {
+            disk,
             dir: dir.to_owned(),
             state: saved.state,
             checkpoint: saved.checkpoint,
             applied: saved.checkpoint,
-            first_segment: None,
             volumes: HashMap::new(),
             catalog,
             outlet,
@@ -223,11 +224,7 @@ impl Applier {
     pub fn replay(&mut self) -> Result<u64, OpenError> {
         self.open_volumes();
         self.replaying = true;
-        let mut replay = Replay::new(
-            &self.dir.join("journal"),
-            self.state.source_id,
-            self.checkpoint,
-        )?;
+        let mut replay = self.reader();
         let (mut batches, from) = (0_u64, self.state.applied_seq);
         while let Some(replayed) = replay.next_batch()? {
             if replayed.header.first_seq != self.state.applied_seq + 1 {
@@ -268,6 +265,12 @@ impl Applier {
         }
         self.checkpoint()?;
         Ok(self.state.applied_seq + 1)
+    }
+
+    /// Reads the journal from the checkpoint on.
+    fn reader(&self) -> Reader {
+        let (disk, dir) = (Arc::clone(&self.disk), self.dir.join("journal"));
+        Reader::new(disk, &dir, self.state.source_id, self.checkpoint)
     }
 
     fn open_volumes(&mut self) {
@@ -400,7 +403,6 @@ impl Applier {
         }
         self.relent();
         self.checkpoint = self.applied;
-        self.first_segment = None;
         self.horizon.advance(self.applied);
         self.dirty_since = None;
         self.bytes_since = 0;
@@ -428,19 +430,7 @@ impl Applier {
     /// the last one that succeeded, and the journal has all of it: it is freed only behind a checkpoint. The volume goes
     /// through the states it had since then once more, as in the replay after a crash.
     fn write_again(&mut self) -> Result<(), OpenError> {
-        let Some(segment) = self.first_segment else {
-            return Ok(());
-        };
-        // From there on all segments are in use; before it there may be files that wait to be used again.
-        let mut at = if segment == self.checkpoint.segment {
-            self.checkpoint
-        } else {
-            Position {
-                segment,
-                offset: SEGMENT_HEADER_BYTES as u64,
-            }
-        };
-        let mut replay = Replay::new(&self.dir.join("journal"), self.state.source_id, at)?;
+        let (mut at, mut replay) = (self.checkpoint, self.reader());
         while at < self.applied && !self.is_ending() {
             let gone = || io::Error::other("what was applied since the checkpoint is not in it");
             let replayed = replay.next_batch()?.ok_or_else(gone)?;
@@ -587,7 +577,6 @@ impl Applier {
             }
         }
         self.applied = batch.end;
-        self.first_segment.get_or_insert(batch.end.segment);
         self.bytes_since += batch.bytes;
         self.dirty_since.get_or_insert_with(Instant::now);
         let (seq, journal_bytes) = (self.state.applied_seq, self.bytes_since);
@@ -791,8 +780,10 @@ fn parse_batch(batch: &mut Batch, digest: u32, first_seq: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{JournalConfig, Size, VolumeConfig};
-    use crate::journal::{BatchInfo, Journal};
+    use crate::config::{Size, VolumeConfig};
+    use crate::journal::Journal;
+    use dtloop_disk::RealDisk;
+    use dtloop_journal::{BatchInfo, Options};
     use dtloop_proto::Op;
     use dtloop_proto::header::HEADER_BYTES;
     use dtloop_proto::record::STATE_COMMITTED;
@@ -841,7 +832,19 @@ mod tests {
     fn load(dir: &Path, catalog: &Arc<Catalog>) -> Applier {
         let (outlet, horizon, flags) = (Arc::default(), Arc::default(), Arc::default());
         let catalog = Arc::clone(catalog);
-        Applier::load(dir, SOURCE, "db", catalog, outlet, horizon, flags, 1 << 20).unwrap()
+        let disk = Arc::new(RealDisk);
+        Applier::load(
+            disk,
+            dir,
+            SOURCE,
+            "db",
+            catalog,
+            outlet,
+            horizon,
+            flags,
+            1 << 20,
+        )
+        .unwrap()
     }
 
     fn replay(dir: &Path, catalog: &Arc<Catalog>) -> u64 {
@@ -849,11 +852,15 @@ mod tests {
     }
 
     fn open_journal(dir: &Path) -> Journal {
-        let config = JournalConfig {
-            size: Size(1 << 20),
-            segment_size: Size(256 << 10),
+        let options = Options {
+            bytes: 1 << 20,
+            segment_bytes: 256 << 10,
+            min_free: 0,
+            owner: SOURCE,
+            salt: 1,
         };
-        Journal::open(&dir.join("journal"), config, SOURCE, Arc::default()).unwrap()
+        let disk = Arc::new(RealDisk);
+        Journal::open(disk, &dir.join("journal"), options, Arc::default()).unwrap()
     }
 
     /// Appends two records, and gives them as a batch that is to be applied.

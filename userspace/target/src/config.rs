@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+pub use dtloop_core::size::Size;
 use serde::Deserialize;
 
 /// Where the configuration is.
@@ -22,50 +23,6 @@ pub const LISTEN: &str = "127.0.0.1:7788";
 pub enum TransportKind {
     /// As they are. For trusted networks only.
     Plaintext,
-}
-
-/// A number of bytes: a number, or a text such as `"64MiB"`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "SizeText")]
-pub struct Size(pub u64);
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum SizeText {
-    Number(u64),
-    Text(String),
-}
-
-impl TryFrom<SizeText> for Size {
-    type Error = String;
-
-    fn try_from(text: SizeText) -> Result<Self, String> {
-        match text {
-            SizeText::Number(number) => Ok(Self(number)),
-            SizeText::Text(text) => text.parse(),
-        }
-    }
-}
-
-impl std::str::FromStr for Size {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let refused = || format!("\"{text}\" is no size; write for example 4096, 64MiB or 2GiB");
-        let digits = text
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len());
-        let shift = match text[digits..].trim() {
-            "" | "B" => 0,
-            "K" | "KiB" => 10,
-            "M" | "MiB" => 20,
-            "G" | "GiB" => 30,
-            "T" | "TiB" => 40,
-            _ => return Err(refused()),
-        };
-        let number: u64 = text[..digits].parse().map_err(|_| refused())?;
-        number.checked_mul(1 << shift).map(Self).ok_or_else(refused)
-    }
 }
 
 /// A volume: an image file or a block device.
@@ -180,7 +137,7 @@ impl Config {
         }
         let segment = self.journal.segment_size.0;
         ensure!(
-            segment >= 8 << 20 && segment % dtloop_core::journal::BLOCK_BYTES == 0,
+            segment >= 8 << 20 && segment % dtloop_journal::layout::BLOCK_BYTES == 0,
             "journal.segment_size must be at least 8MiB and a multiple of 4096"
         );
         ensure!(
@@ -230,14 +187,5 @@ mod tests {
                 .contains("same path")
         );
         assert!(refused("transport = \"plaintext\"\nspeed = 3\n").contains("speed"));
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!("64MiB".parse(), Ok(Size(64 << 20)));
-        assert_eq!("3".parse(), Ok(Size(3)));
-        assert!("64MB".parse::<Size>().is_err());
-        assert!("-1".parse::<Size>().is_err());
-        assert!("99999999999TiB".parse::<Size>().is_err());
     }
 }

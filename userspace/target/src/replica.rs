@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use dtloop_core::sequence::Sequencer;
+use dtloop_disk::{Disk, RealDisk};
+use dtloop_journal::Options;
 use dtloop_proto::Uuid;
 use dtloop_proto::limits::FRAME_BYTES_MAX;
 
@@ -66,6 +68,12 @@ pub fn set_dir(state_dir: &Path, source_id: Uuid, set: &str) -> PathBuf {
     state_dir.join("sets").join(format!("{set}.{source_id}"))
 }
 
+fn random_salt() -> std::io::Result<u64> {
+    let bytes = dtloop_store::random_uuid()?.0;
+    let low = bytes.first_chunk().copied().unwrap_or_default();
+    Ok(u64::from_le_bytes(low))
+}
+
 impl Replica {
     /// Opens a set, replays its journal and starts its applier.
     ///
@@ -87,7 +95,9 @@ impl Replica {
             Arc::<Horizon>::default(),
             Arc::<Flags>::default(),
         );
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
         let mut applier = Applier::load(
+            Arc::clone(&disk),
             &dir,
             source_id,
             set,
@@ -99,12 +109,15 @@ impl Replica {
         )?;
         let next_seq = applier.replay()?;
         let stream_uuid = applier.stream_uuid();
-        let journal = Journal::open(
-            &dir.join("journal"),
-            config,
-            source_id,
-            Arc::clone(&horizon),
-        )?;
+        let options = Options {
+            bytes: config.size.0,
+            segment_bytes: config.segment_size.0,
+            min_free: 0,
+            owner: source_id,
+            salt: random_salt()?,
+        };
+        let horizon_of_journal = Arc::clone(&horizon);
+        let journal = Journal::open(disk, &dir.join("journal"), options, horizon_of_journal)?;
         outlet.update(|ack| ack.durable_seq = next_seq - 1);
         let (commands, inbox) = sync_channel(BUFFERS);
         let (returns, buffers) = channel();

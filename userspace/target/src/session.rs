@@ -10,6 +10,7 @@ use std::time::Duration;
 use dtloop_core::binding::Refusal;
 use dtloop_core::sequence::{Arrival, Hole, Sequencer};
 use dtloop_core::set::Admission;
+use dtloop_journal::{AppendError, BatchInfo};
 use dtloop_pack::Unpacker;
 use dtloop_proto::frame::FrameError;
 use dtloop_proto::header::HEADER_BYTES;
@@ -20,7 +21,7 @@ use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
 use crate::door::Place;
-use crate::journal::{BatchInfo, JournalError};
+use crate::journal::JournalError;
 use crate::replica::{Replica, Writer};
 use crate::server::Shared;
 use crate::transport::Connection;
@@ -72,8 +73,9 @@ pub enum SessionEnd {
 
 fn journal_cause(error: &JournalError) -> String {
     match error {
-        JournalError::Io { source, .. } => source.to_string(),
-        JournalError::Stopped => String::new(),
+        JournalError::Append(AppendError::Io { source, .. }) => source.to_string(),
+        JournalError::Append(_) => "no room".to_owned(),
+        JournalError::Stopped => "it was waiting for room".to_owned(),
     }
 }
 
@@ -85,7 +87,7 @@ impl SessionEnd {
             Self::Frame(_) | Self::Run(_) | Self::Unexpected(_) => Code::MALFORMED,
             Self::Hole(_) => Code::SEQUENCE_HOLE,
             Self::Refused(refusal) => refusal.code,
-            Self::Journal(JournalError::Io { .. }) => Code::JOURNAL_IO,
+            Self::Journal(JournalError::Append(_)) => Code::JOURNAL_IO,
             Self::Journal(JournalError::Stopped) | Self::Stopping => Code::SHUTTING_DOWN,
         };
         Some(Refuse {

@@ -22,6 +22,11 @@ impl Worker {
         stream: &dyn CaptureStream,
         session: &mut Session,
     ) -> Result<bool, End> {
+        if self.spares_the_queue(stream, session) {
+            // An operator may end a job all the same.
+            self.drive_events(stream, session)?;
+            return Ok(true);
+        }
         let resyncs = self.drive_resync(stream, session)?;
         let mirrors = self.drive_job(stream, session)?;
         Ok(resyncs || mirrors)
@@ -41,16 +46,25 @@ impl Worker {
         })
     }
 
-    pub(super) fn drive_job(
+    fn drive_events(
         &mut self,
         stream: &dyn CaptureStream,
         session: &mut Session,
-    ) -> Result<bool, End> {
+    ) -> Result<(), End> {
         self.search_regions(stream)?;
         while let Some(event) = self.planner.as_mut().and_then(Planner::next_event) {
             self.on_event(stream, session, &event)?;
             self.search_regions(stream)?;
         }
+        Ok(())
+    }
+
+    pub(super) fn drive_job(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+    ) -> Result<bool, End> {
+        self.drive_events(stream, session)?;
         self.settle_regions(stream)?;
         let Some(planner) = &mut self.planner else {
             return Ok(false);

@@ -6,24 +6,28 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use dtloop_abi::{CaptureStream, Extent, raw};
+use dtloop_abi::{CaptureStream, Extent, Hold, raw};
 use dtloop_api::Connection;
 use dtloop_core::resync;
 use dtloop_proto::message::Refuse;
-use dtloop_proto::{Code, Message, Op};
+use dtloop_proto::record::F_DEVICES;
+use dtloop_proto::{Code, Message, Op, RecordBody};
 
+use super::queueing::Source;
 use super::{
     BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, PING_AFTER, PUBLISH_EVERY, Sent, Session,
     WAKE_AHEAD, Worker,
 };
 use crate::link::{LinkError, SILENCE_MAX};
 use crate::shaper::Flight;
-use crate::ship::Shipped;
+use crate::ship::body_of;
 
 impl Worker {
     pub(super) fn ship(&mut self, stream: &dyn CaptureStream, mut session: Session) -> End {
         self.connection = Connection::Connected { since_ms: 0 };
+        self.tell_queue(true);
         let end = self.ship_until_the_end(stream, &mut session);
+        self.tell_queue(false);
         stream.ring().disarm_wake();
         let end = end.err().unwrap_or(End::Stopping);
         if matches!(end, End::Stopping) {
@@ -37,7 +41,7 @@ impl Worker {
                 .is_ok();
             if said {
                 // The target notices the end without it as well.
-                let _ = session.outbox.send(&mut session.link, None);
+                let _ = session.outbox.send(&mut session.link, None, None);
             }
         }
         self.publish(Some(stream), None);
@@ -85,43 +89,58 @@ impl Worker {
             return self.send_messages(session);
         }
         let first = session.core.next_to_send();
-        let hold = stream.ring().hold(first)?;
+        let hold = match self.source_of(stream, session)? {
+            Source::Ring(hold) => hold,
+            Source::Queue(batch) => return self.send_stored(stream, session, &batch),
+            Source::Nothing => return self.send_messages(session),
+        };
         let mut seq = first;
         let mut sent = Sent::default();
         while seq < hold.end() && !session.outbox.is_full() && session.outbox.bytes() < room {
             let record = hold.record(seq)?;
-            if matches!(
-                record.desc.op,
-                raw::OP_ATTACH | raw::OP_DETACH | raw::OP_RESIZE | raw::OP_GAP
-            ) {
-                self.before_special(stream, session, &record.desc)?;
-            }
-            let shipped = session
+            let body = body_of(&record.desc)?;
+            self.before_record(stream, session, &body)?;
+            session
                 .outbox
                 .record(session.id, &record.desc, record.payload)?;
             if seq == first {
                 sent.time_ns = record.desc.time_ns;
             }
-            self.after_record(&shipped);
-            if sent.live_ns.is_none() && shipped.body.op != Op::Sync {
+            if sent.live_ns.is_none() && body.op != Op::Sync {
                 sent.live_ns = Some(record.desc.time_ns);
             }
+            self.after_record(seq, &body);
             sent.bytes += record.payload.len() as u64;
             seq += 1;
         }
-        if session.outbox.is_empty() && seq == first {
+        self.send_batch(session, Some(hold), sent, seq)
+    }
+
+    /// Sends what is in the outbox: the records up to `next`, and messages. False: nothing is.
+    pub(super) fn send_batch(
+        &mut self,
+        session: &mut Session,
+        hold: Option<Hold>,
+        mut sent: Sent,
+        next: u64,
+    ) -> Result<bool, End> {
+        let first = session.core.next_to_send();
+        if session.outbox.is_empty() && next == first {
             return Ok(false);
         }
         self.shaper
-            .pack(&mut session.outbox, session.id, Some(&hold))?;
+            .pack(&mut session.outbox, session.id, hold.as_ref())?;
         let wire = session.outbox.bytes();
-        self.totals.sent_bytes += wire as u64;
-        session.outbox.send(&mut session.link, Some(&hold))?;
+        if wire > 0 {
+            self.totals.sent_bytes += wire as u64;
+            let patience = self.hold_patience();
+            session.outbox.send(&mut session.link, hold, patience)?;
+        }
         let mut flight = None;
-        if seq > first {
-            self.totals.records += seq - first;
+        if next > first {
+            self.totals.records += next - first;
             self.totals.payload_bytes += sent.bytes;
-            sent.last = seq - 1;
+            sent.last = next - 1;
             flight = Some(Flight {
                 last: sent.last,
                 bytes: sent.bytes,
@@ -131,7 +150,7 @@ impl Worker {
         }
         let blocked = std::mem::take(&mut session.link.blocked);
         self.shaper.on_sent(wire, blocked, flight);
-        session.core.on_sent(seq);
+        session.core.on_sent(next);
         Ok(true)
     }
 
@@ -142,38 +161,51 @@ impl Worker {
             return Ok(false);
         }
         self.totals.sent_bytes += wire as u64;
-        session.outbox.send(&mut session.link, None)?;
+        session.outbox.send(&mut session.link, None, None)?;
         let blocked = std::mem::take(&mut session.link.blocked);
         self.shaper.on_sent(wire, blocked, None);
         Ok(true)
+    }
+
+    /// What must be said before a record that changes the devices.
+    pub(super) fn before_record(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+        body: &RecordBody,
+    ) -> Result<(), End> {
+        if matches!(body.op, Op::Attach | Op::Detach | Op::Resize | Op::Gap) {
+            self.before_special(stream, session, body)?;
+        }
+        Ok(())
     }
 
     pub(super) fn before_special(
         &mut self,
         stream: &dyn CaptureStream,
         session: &mut Session,
-        desc: &raw::Desc,
+        body: &RecordBody,
     ) -> Result<(), End> {
         let known = self
             .reports
             .iter()
-            .any(|report| report.device == desc.device);
+            .any(|report| report.device == body.device);
         self.refresh_devices(stream)?;
-        if desc.op == raw::OP_ATTACH {
-            self.await_device(stream, desc.device)?;
+        if body.op == Op::Attach {
+            self.await_device(stream, body.device)?;
         }
-        let changed: Vec<u32> = match desc.op {
-            raw::OP_ATTACH if known => vec![],
-            raw::OP_ATTACH => vec![desc.device],
-            raw::OP_RESIZE => {
-                self.on_resize(stream, desc);
-                vec![desc.device]
+        let changed: Vec<u32> = match body.op {
+            Op::Attach if known => vec![],
+            Op::Attach => vec![body.device],
+            Op::Resize => {
+                self.on_resize(stream, body);
+                vec![body.device]
             }
-            raw::OP_GAP if desc.flags & raw::F_DEVICES != 0 => {
+            Op::Gap if body.flags & F_DEVICES != 0 => {
                 self.devices.iter().map(|device| device.device_id).collect()
             }
-            raw::OP_DETACH => {
-                self.on_detach(desc.device);
+            Op::Detach => {
+                self.on_detach(body.device);
                 vec![]
             }
             _ => vec![],
@@ -203,10 +235,10 @@ impl Worker {
         Ok(())
     }
 
-    pub(super) fn on_resize(&mut self, stream: &dyn CaptureStream, desc: &raw::Desc) {
-        let (before, after) = (desc.start_sector, desc.aux);
+    pub(super) fn on_resize(&mut self, stream: &dyn CaptureStream, body: &RecordBody) {
+        let (before, after) = (body.start_sector, body.aux);
         if let Some(planner) = &mut self.planner {
-            planner.on_resize(desc.device, after);
+            planner.on_resize(body.device, after);
         }
         if after > before {
             // What the new part holds was never in the stream.
@@ -214,11 +246,11 @@ impl Worker {
                 start_sector: before,
                 sectors: after - before,
             };
-            if let Err(error) = stream.dirty_set(desc.device, extent) {
+            if let Err(error) = stream.dirty_set(body.device, extent) {
                 tracing::error!(
                     "Set \"{}\", device {}: {error}.",
                     self.config.name,
-                    desc.device
+                    body.device
                 );
             }
             self.resync.on_loss();
@@ -238,27 +270,21 @@ impl Worker {
         }
     }
 
-    pub(super) fn after_record(&mut self, shipped: &Shipped) {
-        let Shipped { desc, body } = shipped;
+    /// What a record means for mirror and resync is decided when it is sent, not when it goes into the disk queue: a
+    /// marker may stand only behind records that were sent, and an acknowledgement is for what was sent.
+    pub(super) fn after_record(&mut self, seq: u64, body: &RecordBody) {
         if body.op == Op::Sync {
             let failed = !body.is_committed();
-            let sectors = u64::from(desc.sectors);
-            if desc.aux == resync::COOKIE {
-                self.resync
-                    .on_record(desc.device, desc.start_sector, sectors, failed);
+            let (device, start, sectors) =
+                (body.device, body.start_sector, u64::from(body.sectors));
+            if body.aux == resync::COOKIE {
+                self.resync.on_record(device, start, sectors, failed);
             } else if let Some(planner) = &mut self.planner {
-                planner.on_record(
-                    desc.seq,
-                    desc.device,
-                    desc.start_sector,
-                    sectors,
-                    desc.aux,
-                    failed,
-                );
+                planner.on_record(seq, device, start, sectors, body.aux, failed);
             }
         } else if body.loses_order() {
-            let (from, last) = self.lost.unwrap_or((desc.seq, desc.seq));
-            self.lost = Some((from, last.max(desc.seq)));
+            let (from, last) = self.lost.unwrap_or((seq, seq));
+            self.lost = Some((from, last.max(seq)));
             self.resync.on_loss();
         }
     }
@@ -269,6 +295,7 @@ impl Worker {
         session: &Session,
     ) -> Result<(), End> {
         let ring = stream.ring();
+        self.tell_acked(session);
         if session.core.releasable() > ring.released() {
             ring.release(session.core.releasable())?;
             if ring.space_wanted() {
@@ -399,6 +426,15 @@ impl Worker {
                 .map_err(LinkError::from)?;
             let _ = self.shared.wake.read();
             self.shaper.on_slept(begin.elapsed(), true);
+            return Ok(());
+        }
+        if next < ring.released() {
+            // A hole in the queue: what was sent before is waited for.
+            let others = [self.shared.wake.as_fd()];
+            session
+                .link
+                .wait(false, &others, JOB_WAIT)
+                .map_err(LinkError::from)?;
             return Ok(());
         }
         let busy = !std::mem::replace(quiet, true);

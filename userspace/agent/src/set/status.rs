@@ -55,6 +55,7 @@ impl Worker {
             };
         }
         snapshot.status.shaping = self.shaper.report();
+        self.fill_ladder(&mut snapshot.status, stream, session.is_some());
         if let Some(stream) = stream {
             self.fill_positions(&mut snapshot.status, stream, session);
             if let Ok(devices) = stream.devices() {
@@ -96,10 +97,11 @@ impl Worker {
         status.stream_uuid = self.memory.stream_uuid.to_string();
         status.next_seq = ring.next_seq;
         status.released_seq = ring.released;
-        status.durable_seq = ring.released;
+        status.durable_seq = self.first_unacknowledged(stream);
         status.applied_seq = lock(&self.shared.snapshot).status.applied_seq;
-        status.backlog_bytes = ring.used_bytes;
-        status.backlog_records = ring.next_seq - ring.released;
+        let (queued, bytes) = self.queued();
+        status.backlog_bytes = ring.used_bytes + bytes;
+        status.backlog_records = ring.next_seq - ring.released + queued;
         if let Some(session) = session {
             let ack = session.core.ack();
             status.sent_seq = session.core.next_to_send();
@@ -107,6 +109,7 @@ impl Worker {
             status.applied_seq = ack.applied_seq + 1;
         }
         let oldest = session.and_then(|session| session.batches.front().map(|sent| sent.time_ns));
+        let oldest = oldest.or_else(|| self.oldest_queued_ns());
         let oldest = oldest.or_else(|| {
             stream
                 .ring()

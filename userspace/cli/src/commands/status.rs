@@ -5,7 +5,9 @@
 use std::time::Duration;
 
 use dtloop_abi::{Found, raw};
-use dtloop_api::{ClientError, Connection, DeviceState, DeviceStatus, SetStatus};
+use dtloop_api::{
+    ClientError, Connection, DeviceState, DeviceStatus, Ladder, QueueStatus, Rung, SetStatus,
+};
 use serde_json::{Map, Value, json};
 
 use super::resize::policy_name;
@@ -318,6 +320,14 @@ impl Set {
         if let Some(stream) = &self.stream {
             text += &format!("  ring     {}\n", ring(stream));
         }
+        if let Some(agent) = &self.agent {
+            if let Some(queue) = &agent.queue {
+                text += &format!("  queue    {}\n", disk_queue(queue));
+            }
+            if agent.ladder.rung != Rung::Ring {
+                text += &format!("  ladder   {}\n", ladder(&agent.ladder));
+            }
+        }
         if let Some(intent) = &self.intent {
             text += &format!("  intent   {}\n", intent::text(intent));
         }
@@ -371,6 +381,34 @@ fn ring(stream: &raw::StreamStatus) -> String {
         text += ", stopped: its consumer misbehaved";
     }
     text
+}
+
+fn disk_queue(queue: &QueueStatus) -> String {
+    let mut text = format!(
+        "{} of {} in {}",
+        size::bytes(queue.bytes),
+        size::bytes(queue.size_bytes),
+        output::count(queue.records, "record")
+    );
+    if let Some(age) = queue.oldest_ms {
+        text += &format!(", oldest {}", size::duration(Duration::from_millis(age)));
+    }
+    if queue.state != "usable" {
+        text += &format!(", {}: {}", queue.state, queue.reason);
+    }
+    text
+}
+
+fn ladder(ladder: &Ladder) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let since = Duration::from_millis(ladder.since_unix_ms);
+    let since = now.unwrap_or_default().saturating_sub(since);
+    format!(
+        "{} for {}: {}",
+        ladder.rung.label(),
+        size::duration(since),
+        ladder.reason
+    )
 }
 
 impl Device {
@@ -524,6 +562,33 @@ set db
 ";
         assert_eq!(picture.to_text(), expected);
         assert!(picture.all_in_sync());
+    }
+
+    #[test]
+    fn the_queue_and_the_ladder_are_shown_when_they_matter() {
+        let mut set = agent(&DeviceState::InSync, "");
+        assert!(!picture(Some(set.clone())).to_text().contains("queue"));
+        let queue = json!({
+            "dir": "/q/db", "state": "full", "reason": "it has reached its size", "records": 40, "bytes": 3 << 20,
+            "disk_bytes": 4 << 20, "size_bytes": 4 << 20, "free_bytes": 9, "min_free_bytes": 0, "oldest_ms": 61_000,
+        });
+        set.queue = Some(serde_json::from_value(queue).expect("a queue"));
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now_ms = u64::try_from(now.expect("a clock").as_millis()).expect("a time");
+        set.ladder = Ladder {
+            rung: Rung::Tracking,
+            since_unix_ms: now_ms - 120_300,
+            reason: "the ring is full".into(),
+            history: vec![],
+        };
+        let text = picture(Some(set)).to_text();
+        assert!(
+            text.contains(
+                "  queue    3 MiB of 4 MiB in 40 records, oldest 1m 1s, full: it has reached its size\n  \
+                 ladder   tracking for 2m 0s: the ring is full\n"
+            ),
+            "{text}"
+        );
     }
 
     #[test]

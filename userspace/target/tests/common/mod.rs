@@ -5,13 +5,14 @@
 #![allow(
     dead_code,
     unreachable_pub,
+    clippy::misnamed_getters,
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
     reason = "shared by test files that do not use all of it"
 )]
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -23,14 +24,18 @@ use std::time::{Duration, Instant};
 
 use dtloop_abi::CaptureStream;
 use dtloop_abi::testing::FakeStream;
-use dtloop_agent::config::{Compression, SetConfig, TransportKind};
+use dtloop_agent::config::{Compression, QueueConfig, SetConfig, SyncMode, TransportKind};
 use dtloop_agent::control::{self, Sets};
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::Streams;
 use dtloop_api::{Client, ClientError, Connection, Failure, Outcome, Request, SetStatus};
+use dtloop_core::size::Size;
+use dtloop_disk::{Disk, DiskFile, SimDisk, Space};
 use dtloop_target::applier::Saved;
 use dtloop_target::config::Config;
 use dtloop_target::server::Server;
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
 
 /// Nothing in these tests takes longer, even on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -76,6 +81,9 @@ pub struct Lab {
     pub journal_bytes: (u64, u64),
     /// What the agent is told to do.
     pub compression: Compression,
+    /// The agent's disk queue, and the disk it is on if it is not this machine's.
+    pub queue: Option<QueueConfig>,
+    pub queue_disk: Option<Arc<dyn Disk>>,
 }
 
 impl Lab {
@@ -90,9 +98,29 @@ impl Lab {
             sectors,
             journal_bytes: (64 << 20, 16 << 20),
             compression: Compression::default(),
+            queue: None,
+            queue_disk: None,
         };
         lab.set_image_sectors(sectors);
         lab
+    }
+
+    /// Gives the agents of this lab a disk queue of this size, in segments of 4 MiB.
+    pub fn with_queue(mut self, bytes: u64) -> Self {
+        self.queue = Some(QueueConfig {
+            dir: self.dir.path().join("queue"),
+            size: Size(bytes),
+            min_free: Size(0),
+            segment_size: Size(4 << 20),
+            start_at: 50,
+            sync: SyncMode::Group,
+        });
+        self
+    }
+
+    /// Where the queue's segments are.
+    pub fn queue_dir(&self) -> PathBuf {
+        self.queue.as_ref().unwrap().dir.join("db")
     }
 
     pub fn renew_stream(&mut self) {
@@ -155,6 +183,11 @@ impl Lab {
             .unwrap_or_else(|_| "127.0.0.1:0".into())
     }
 
+    /// Where the next target will listen.
+    pub fn free_address(&self) -> SocketAddr {
+        self.listen().parse().unwrap()
+    }
+
     fn remember_address(&self, address: SocketAddr) {
         std::fs::write(self.dir.path().join("address"), address.to_string()).unwrap();
     }
@@ -183,11 +216,16 @@ impl Lab {
             compression: self.compression,
             mirror_rate: Default::default(),
             resync_rate: Default::default(),
+            queue: self.queue.clone(),
         };
         let shared = Arc::new(SetShared::new(&config).unwrap());
         let streams = Arc::new(OneStream(Mutex::new(self.stream.clone())));
         let worker =
             Worker::new(config, &state_dir, source_id, streams, Arc::clone(&shared)).unwrap();
+        let worker = match &self.queue_disk {
+            Some(disk) => worker.with_disk(Arc::clone(disk)),
+            None => worker,
+        };
         let thread = std::thread::spawn(move || worker.run());
         let socket = self.dir.path().join(format!("agent-{}.sock", free_port()));
         let listener = control::listen(&socket).unwrap();
@@ -218,6 +256,28 @@ impl Lab {
         for sector in (0..self.sectors).step_by(64) {
             self.write(sector, &random((seed << 32) | sector, 64 * 512));
         }
+    }
+
+    /// Writes this much, waiting for room in the ring before each write.
+    pub fn write_when_there_is_room(&self, seed: u64, bytes: u64) {
+        let deadline = Instant::now() + DEADLINE;
+        for step in 0..bytes / (32 << 10) {
+            while self.ring_percent() > 80 {
+                assert!(Instant::now() < deadline, "nothing makes room in the ring");
+                std::thread::yield_now();
+            }
+            let sector = (step * 7919 * 64) % (self.sectors - 64);
+            self.write(sector, &random((seed << 32) | step, 32 << 10));
+        }
+    }
+
+    pub fn ring_percent(&self) -> u8 {
+        dtloop_agent::spooler::ring_percent(&self.stream.status().unwrap())
+    }
+
+    /// How often changes went to the dirty map instead of the stream.
+    pub fn gaps(&self) -> u64 {
+        self.stream.status().unwrap().gap_changes
     }
 
     /// Some writes that fit into the ring.
@@ -299,6 +359,112 @@ impl Lab {
         dtloop_store::load(&self.saved_dir().join("state"))
             .unwrap()
             .unwrap()
+    }
+}
+
+/// A disk on which some syncs of records fail, and forget what was written.
+#[derive(Clone)]
+pub struct SyncFails {
+    disk: SimDisk,
+    left: Arc<AtomicUsize>,
+}
+
+struct SyncFailsFile {
+    file: Arc<dyn DiskFile>,
+    disk: SimDisk,
+    left: Arc<AtomicUsize>,
+    /// Bytes since the last sync: headers are small.
+    written: AtomicUsize,
+}
+
+impl Default for SyncFails {
+    fn default() -> Self {
+        Self {
+            disk: SimDisk::new(1),
+            left: Arc::default(),
+        }
+    }
+}
+
+impl SyncFails {
+    pub fn fail(&self, times: usize) {
+        self.left.store(times, Ordering::Relaxed);
+    }
+
+    pub fn left(&self) -> usize {
+        self.left.load(Ordering::Relaxed)
+    }
+}
+
+impl Disk for SyncFails {
+    fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn DiskFile>> {
+        Ok(Arc::new(SyncFailsFile {
+            file: self.disk.open(path, create)?,
+            disk: self.disk.clone(),
+            left: Arc::clone(&self.left),
+            written: AtomicUsize::new(0),
+        }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.disk.list(dir)
+    }
+
+    fn make_dir(&self, dir: &Path) -> io::Result<()> {
+        self.disk.make_dir(dir)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.disk.sync_dir(dir)
+    }
+
+    fn space(&self, dir: &Path) -> io::Result<Space> {
+        self.disk.space(dir)
+    }
+}
+
+impl DiskFile for SyncFailsFile {
+    fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_at(data, offset)
+    }
+
+    fn write_at(&self, pieces: &mut [IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let bytes = pieces.iter().map(|piece| piece.len()).sum();
+        self.written.fetch_add(bytes, Ordering::Relaxed);
+        self.file.write_at(pieces, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let records = self.written.swap(0, Ordering::Relaxed) > 100_000;
+        if records && self.left.load(Ordering::Relaxed) > 0 {
+            self.left.fetch_sub(1, Ordering::Relaxed);
+            self.disk.fail(0, 1, Errno::EIO as i32);
+        }
+        self.file.sync()
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        self.file.bytes()
+    }
+
+    fn set_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_bytes(bytes)
+    }
+
+    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.file.allocate(offset, bytes)
+    }
+
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.file.zero(offset, bytes)
     }
 }
 
@@ -398,10 +564,15 @@ impl Agent {
         client.status(Some("db")).unwrap().sets.remove(0)
     }
 
+    /// The status as it is published next.
+    pub fn next_status(&self) -> SetStatus {
+        self.shared.next_snapshot(Duration::from_millis(50)).status
+    }
+
     pub fn wait_for(&self, what: impl Fn(&SetStatus) -> bool) {
         let deadline = Instant::now() + DEADLINE;
         loop {
-            let status = self.shared.next_snapshot(Duration::from_millis(50)).status;
+            let status = self.next_status();
             if what(&status) {
                 return;
             }
@@ -455,28 +626,33 @@ impl Drop for Agent {
     }
 }
 
-/// A network that cuts connections after a number of bytes, in either direction, or is slow.
+/// A network that cuts connections after a number of bytes, in either direction, is slow, or no longer moves any.
 pub struct Faults {
     pub address: SocketAddr,
-    cutting: Arc<AtomicBool>,
-    slow: Arc<AtomicBool>,
-    cuts: Arc<AtomicUsize>,
+    switches: Arc<Switches>,
+}
+
+#[derive(Default)]
+struct Switches {
+    cutting: AtomicBool,
+    stuck: AtomicBool,
+    slow: AtomicBool,
+    cuts: AtomicUsize,
+    accepted: AtomicUsize,
 }
 
 impl Faults {
     pub fn new(target: SocketAddr, seed: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // So that little is on its way.
+        setsockopt(&listener, sockopt::RcvBuf, &(64 << 10)).unwrap();
         let address = listener.local_addr().unwrap();
-        let (cutting, cuts) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicUsize::new(0)),
-        );
-        let (flag, count) = (Arc::clone(&cutting), Arc::clone(&cuts));
-        let slow = Arc::new(AtomicBool::new(false));
-        let crawling = Arc::clone(&slow);
+        let switches = Arc::<Switches>::default();
+        let shared = Arc::clone(&switches);
         std::thread::spawn(move || {
             for (index, client) in listener.incoming().enumerate() {
                 let Ok(client) = client else { return };
+                shared.accepted.fetch_add(1, Ordering::Relaxed);
                 let Ok(server) = TcpStream::connect(target) else {
                     continue;
                 };
@@ -494,63 +670,62 @@ impl Faults {
                         limit(8) % 20_000,
                     ),
                 ] {
-                    let (flag, count) = (Arc::clone(&flag), Arc::clone(&count));
-                    let crawling = Arc::clone(&crawling);
-                    std::thread::spawn(move || {
-                        relay(&mut from, &mut to, limit, &flag, &count, &crawling);
-                    });
+                    let switches = Arc::clone(&shared);
+                    std::thread::spawn(move || relay(&mut from, &mut to, limit, &switches));
                 }
             }
         });
-        Self {
-            address,
-            cutting,
-            slow,
-            cuts,
-        }
+        Self { address, switches }
     }
 
     pub fn cut_often(&self) {
-        self.cutting.store(true, Ordering::Relaxed);
+        self.switches.cutting.store(true, Ordering::Relaxed);
+    }
+
+    /// Connections stay, and nothing moves on them.
+    pub fn hold(&self) {
+        self.switches.stuck.store(true, Ordering::Relaxed);
     }
 
     /// 5 MB a second at most.
     pub fn crawl(&self) {
-        self.slow.store(true, Ordering::Relaxed);
+        self.switches.slow.store(true, Ordering::Relaxed);
     }
 
     pub fn heal(&self) {
-        self.cutting.store(false, Ordering::Relaxed);
+        self.switches.cutting.store(false, Ordering::Relaxed);
+        self.switches.stuck.store(false, Ordering::Relaxed);
+    }
+
+    /// Connections made.
+    pub fn accepted(&self) -> usize {
+        self.switches.accepted.load(Ordering::Relaxed)
     }
 
     pub fn cuts(&self) -> usize {
-        self.cuts.load(Ordering::Relaxed)
+        self.switches.cuts.load(Ordering::Relaxed)
     }
 }
 
-fn relay(
-    from: &mut TcpStream,
-    to: &mut TcpStream,
-    limit: u64,
-    cutting: &AtomicBool,
-    cuts: &AtomicUsize,
-    slow: &AtomicBool,
-) {
+fn relay(from: &mut TcpStream, to: &mut TcpStream, limit: u64, switches: &Switches) {
     let mut buffer = [0; 5000];
     let mut moved = 0;
     while let Ok(bytes @ 1..) = from.read(&mut buffer) {
+        while switches.stuck.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         moved += bytes as u64;
-        if slow.load(Ordering::Relaxed) {
+        if switches.slow.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let cut = cutting.load(Ordering::Relaxed) && moved > limit;
+        let cut = switches.cutting.load(Ordering::Relaxed) && moved > limit;
         let keep = if cut {
             bytes - (moved - limit).min(bytes as u64) as usize
         } else {
             bytes
         };
         if to.write_all(&buffer[..keep]).is_err() || cut {
-            cuts.fetch_add(usize::from(cut), Ordering::Relaxed);
+            switches.cuts.fetch_add(usize::from(cut), Ordering::Relaxed);
             break;
         }
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The layout of the target's journal.
+//! The layout on disk.
 //!
 //! A journal is a row of segment files. A segment begins with a header block; behind it batches
 //! follow, each at a multiple of [`BLOCK_BYTES`]: a batch header and the very frames that came by
@@ -14,7 +14,8 @@
 //! A batch is written by one write and made durable by one fdatasync before anything in it is
 //! acknowledged. It counts only if its header names this segment and this offset and its digest,
 //! over the headers of all its frames (which hold the checksums of everything in them), is right:
-//! a torn batch and what an earlier use of the file left behind are never taken for records.
+//! a torn batch and what an earlier use of the file left behind are never taken for records. Neither is what somebody wrote
+//! to the source's disk to look like a batch: every batch repeats the salt of its segment, which nobody can guess.
 //!
 //! `index_offset` of a sealed segment is the place for an index by block, from which any point in
 //! time can be served later; it is 0 in this version.
@@ -57,14 +58,16 @@ pub struct SegmentHeader {
     pub number: u64,
     /// Length of the file in bytes.
     pub bytes: u64,
-    /// The source.
-    pub source_id: Uuid,
+    /// Whose it is: the source.
+    pub owner: Uuid,
     /// The stream at the beginning of the segment.
     pub stream_uuid: Uuid,
     /// The record expected at the beginning of the segment.
     pub first_seq: u64,
     /// Where the index begins; 0: none.
     pub index_offset: u64,
+    /// Repeated in the header of every batch.
+    pub salt: u64,
 }
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
@@ -94,10 +97,11 @@ impl SegmentHeader {
         put(&mut bytes[..], 12, &JOURNAL_VERSION.to_le_bytes());
         put(&mut bytes[..], 16, &self.number.to_le_bytes());
         put(&mut bytes[..], 24, &self.bytes.to_le_bytes());
-        put(&mut bytes[..], 32, &self.source_id.0);
+        put(&mut bytes[..], 32, &self.owner.0);
         put(&mut bytes[..], 48, &self.stream_uuid.0);
         put(&mut bytes[..], 64, &self.first_seq.to_le_bytes());
         put(&mut bytes[..], 72, &self.index_offset.to_le_bytes());
+        put(&mut bytes[..], 80, &self.salt.to_le_bytes());
         let crc = crc32fast::hash(&bytes[12..]);
         put(&mut bytes[..], 8, &crc.to_le_bytes());
         bytes
@@ -121,10 +125,11 @@ impl SegmentHeader {
         Ok(Self {
             number: u64_at(bytes, 16),
             bytes: u64_at(bytes, 24),
-            source_id: uuid_at(bytes, 32),
+            owner: uuid_at(bytes, 32),
             stream_uuid: uuid_at(bytes, 48),
             first_seq: u64_at(bytes, 64),
             index_offset: u64_at(bytes, 72),
+            salt: u64_at(bytes, 80),
         })
     }
 }
@@ -146,6 +151,8 @@ pub struct BatchHeader {
     pub first_seq: u64,
     /// The record expected behind the batch.
     pub next_seq: u64,
+    /// The salt of the segment.
+    pub salt: u64,
 }
 
 impl BatchHeader {
@@ -161,6 +168,7 @@ impl BatchHeader {
         put(&mut bytes, 32, &self.digest.to_le_bytes());
         put(&mut bytes, 40, &self.first_seq.to_le_bytes());
         put(&mut bytes, 48, &self.next_seq.to_le_bytes());
+        put(&mut bytes, 56, &self.salt.to_le_bytes());
         let crc = crc32fast::hash(&bytes[8..]);
         put(&mut bytes, 4, &crc.to_le_bytes());
         bytes
@@ -169,7 +177,11 @@ impl BatchHeader {
     /// Reads the header at that place; `None` if there is none that belongs there, which is where
     /// the journal ends.
     #[must_use]
-    pub fn parse(bytes: &[u8; BATCH_HEADER_BYTES], segment: u64, offset: u64) -> Option<Self> {
+    pub fn parse(
+        bytes: &[u8; BATCH_HEADER_BYTES],
+        segment: &SegmentHeader,
+        offset: u64,
+    ) -> Option<Self> {
         if bytes[..4] != BATCH_MAGIC || u32_at(bytes, 4) != crc32fast::hash(&bytes[8..]) {
             return None;
         }
@@ -181,8 +193,11 @@ impl BatchHeader {
             digest: u32_at(bytes, 32),
             first_seq: u64_at(bytes, 40),
             next_seq: u64_at(bytes, 48),
+            salt: u64_at(bytes, 56),
         };
-        let here = header.segment == segment && header.offset == offset;
+        let here = header.segment == segment.number
+            && header.salt == segment.salt
+            && header.offset == offset;
         (here && header.first_seq <= header.next_seq).then_some(header)
     }
 }
@@ -206,6 +221,7 @@ mod tests {
             digest: 9,
             first_seq: 5,
             next_seq: 7,
+            salt: 11,
         }
     }
 
@@ -213,10 +229,11 @@ mod tests {
         SegmentHeader {
             number: 3,
             bytes: 1 << 20,
-            source_id: Uuid([1; 16]),
+            owner: Uuid([1; 16]),
             stream_uuid: Uuid([2; 16]),
             first_seq: 5,
             index_offset: 0,
+            salt: 11,
         }
     }
 
@@ -226,11 +243,11 @@ mod tests {
         assert_eq!(SegmentHeader::parse(&bytes), Ok(segment()));
         assert_eq!(
             &bytes[..24],
-            b"DTLJSEG1\x1b\x90\xef\x40\x01\0\0\0\x03\0\0\0\0\0\0\0"
+            b"DTLJSEG1\xfe\x39\x70\x70\x01\0\0\0\x03\0\0\0\0\0\0\0"
         );
         let bytes = batch().pack();
-        assert_eq!(BatchHeader::parse(&bytes, 3, 4096), Some(batch()));
-        assert_eq!(&bytes[..16], b"DTJB\xa5\xe4\x96\xa5\x03\0\0\0\0\0\0\0");
+        assert_eq!(BatchHeader::parse(&bytes, &segment(), 4096), Some(batch()));
+        assert_eq!(&bytes[..16], b"DTJB\xf3\xf8\xfc\xf8\x03\0\0\0\0\0\0\0");
     }
 
     #[test]
@@ -239,7 +256,11 @@ mod tests {
         for at in 0..good.len() {
             let mut bytes = good;
             bytes[at] ^= 0x10;
-            assert_eq!(BatchHeader::parse(&bytes, 3, 4096), None, "byte {at}");
+            assert_eq!(
+                BatchHeader::parse(&bytes, &segment(), 4096),
+                None,
+                "byte {at}"
+            );
         }
         for at in 0..SEGMENT_HEADER_BYTES {
             let mut bytes = segment().pack();
@@ -251,8 +272,17 @@ mod tests {
     #[test]
     fn a_batch_of_an_earlier_use_of_the_file_does_not_count() {
         let bytes = batch().pack();
-        assert_eq!(BatchHeader::parse(&bytes, 4, 4096), None);
-        assert_eq!(BatchHeader::parse(&bytes, 3, 8192), None);
+        let parse = |segment: &SegmentHeader| BatchHeader::parse(&bytes, segment, 4096);
+        let (number, salt) = (segment().number + 1, segment().salt + 1);
+        assert_eq!(
+            parse(&SegmentHeader {
+                number,
+                ..segment()
+            }),
+            None
+        );
+        assert_eq!(parse(&SegmentHeader { salt, ..segment() }), None);
+        assert_eq!(BatchHeader::parse(&bytes, &segment(), 8192), None);
     }
 
     #[test]
