@@ -17,14 +17,18 @@
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
 //! | target | [`apply`] | what a record does to a volume |
 //! | target | [`binding`] | whom a volume belongs to |
+//! | target | [`overlay`] | which blocks of a volume are staged, and how that is written down |
+//! | target | [`schedule`] | which records may be applied at the same time |
 
 #![forbid(unsafe_code)]
 
 pub mod apply;
 pub mod binding;
 pub mod mirror;
+pub mod overlay;
 pub mod replica;
 pub mod resync;
+pub mod schedule;
 pub mod sequence;
 pub mod set;
 pub mod source;
