@@ -15,6 +15,7 @@ mod jobs;
 mod requests;
 mod shared;
 mod shipping;
+mod staging;
 mod status;
 
 use std::collections::VecDeque;
@@ -30,7 +31,7 @@ use dtloop_core::replica::SetMemory;
 use dtloop_core::resync::Resync;
 use dtloop_core::source::{Resumed, SessionError, SourceSession};
 use dtloop_proto::message::{
-    DeviceOffer, Hello, Marker, Refuse, VolumeReport, VolumeSync, Welcome,
+    DeviceOffer, Hello, Marker, Refuse, Staging, VolumeReport, VolumeSync, Welcome,
 };
 use dtloop_proto::{Message, Uuid};
 
@@ -38,7 +39,7 @@ use shared::lock;
 pub use shared::{Command, SetShared};
 
 use crate::config::SetConfig;
-use crate::link::{Link, LinkError};
+use crate::link::{Link, LinkError, Watcher};
 use crate::ship::{Outbox, ShipError};
 use crate::snapshot::JobView;
 use crate::streams::Streams;
@@ -96,6 +97,8 @@ enum End {
     Refused(Refuse),
     #[error("{0}")]
     Stream(String),
+    #[error("an operator lets the target give up its last consistent state, which it is told now")]
+    InPlace,
     #[error("dtagent ends")]
     Stopping,
 }
@@ -173,6 +176,10 @@ pub struct Worker {
     last_verify: Vec<dtloop_api::VerifyResult>,
     lost: Option<(u64, u64)>,
     notice: Option<String>,
+    /// Where the target puts changes.
+    staging: Staging,
+    /// An operator lets the target give up its last consistent state; it is to be told.
+    in_place: bool,
     connection: Connection,
     totals: Totals,
     rates: Rates,
@@ -216,6 +223,8 @@ impl Worker {
             last_verify: vec![],
             lost: None,
             notice: None,
+            staging: Staging::default(),
+            in_place: false,
             connection: Connection::Connecting {
                 reason,
                 retry_ms: 0,
@@ -442,8 +451,9 @@ impl Worker {
             reason,
             retry_ms: 0,
         };
-        let mut link =
-            Link::connect(&self.config.target, self.config.transport).map_err(LinkError::from)?;
+        let watcher = Arc::clone(&self.shared) as Arc<dyn Watcher>;
+        let mut link = Link::connect(&self.config.target, self.config.transport, watcher)
+            .map_err(LinkError::from)?;
         let (first_seq, next_seq) = (stream.ring().released(), stream.ring().next_seq());
         let hello = Hello {
             version_min: dtloop_proto::VERSION_MIN,
@@ -456,7 +466,7 @@ impl Worker {
             first_seq,
             next_seq,
             devices: self.offers(),
-            options: vec![],
+            options: self.hello_options(),
         };
         let mut outbox = Outbox::default();
         outbox.message(0, 0, &Message::Hello(hello))?;
@@ -501,6 +511,8 @@ impl Worker {
         self.reports = welcome.volumes;
         self.lost = (welcome.lost_from != 0).then_some((welcome.lost_from, welcome.lost_last));
         self.notice = None;
+        self.staging = Staging::default();
+        self.in_place = false;
         let broken = match resumed {
             Resumed::Continues => None,
             Resumed::NewStream if welcome.known_stream.is_none() => {

@@ -215,6 +215,7 @@ impl Snapshot {
                 lag_ms: 0,
                 rates: dtloop_api::Rates::default(),
                 totals: dtloop_api::Totals::default(),
+                staging: None,
                 devices: vec![],
             },
             job: None,

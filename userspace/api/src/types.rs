@@ -70,6 +70,12 @@ pub enum Request {
         #[serde(default)]
         follow: bool,
     },
+    /// Let the target give up the last consistent state of its volumes for this once, so that a resync or mirror needs
+    /// no space beside them. Answered by [`Outcome::Ok`].
+    ResyncInPlace {
+        /// The set.
+        set: String,
+    },
     /// Wait until the target has applied everything written before the request. Answered by
     /// [`Outcome::Wait`], or [`FailureCode::TimedOut`].
     Wait {
@@ -329,8 +335,25 @@ pub struct SetStatus {
     /// Totals since the agent began.
     #[serde(default)]
     pub totals: Totals,
+    /// What the target keeps beside its volumes; none: nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub staging: Option<StagingStatus>,
     /// The devices, by loop number.
     pub devices: Vec<DeviceStatus>,
+}
+
+/// The target keeps changes beside its volumes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagingStatus {
+    /// `staged`: the volumes keep the last consistent state. `publishing`: the set is consistent again, and what was staged is
+    /// being written into the volumes.
+    pub phase: String,
+    /// Bytes that are beside the volumes.
+    pub staged_bytes: u64,
+    /// While it is staged, the last record in the volumes.
+    pub consistent_seq: u64,
+    /// When that was made, milliseconds since 1970-01-01 UTC by the source's clock.
+    pub consistent_unix_ms: u64,
 }
 
 /// Averages over the last seconds.

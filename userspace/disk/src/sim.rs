@@ -217,6 +217,12 @@ impl SimDisk {
         lock(&self.state).fail_after = (times > 0).then_some((operations, times, errno));
     }
 
+    /// Whether an operation is still going to fail.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        lock(&self.state).fail_after.is_some()
+    }
+
     /// Nothing fails any more.
     pub fn heal(&self) {
         lock(&self.state).fail_after = None;

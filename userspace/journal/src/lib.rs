@@ -111,7 +111,13 @@ fn segment_path(dir: &Path, number: u64) -> PathBuf {
 /// Numbers of the segment files in a directory, ascending.
 fn segment_numbers(disk: &dyn Disk, dir: &Path) -> io::Result<Vec<u64>> {
     let number = |name: &String| name.strip_suffix(".seg")?.parse::<u64>().ok();
-    let mut numbers: Vec<u64> = disk.list(dir)?.iter().filter_map(number).collect();
+    let names = match disk.list(dir) {
+        Ok(names) => names,
+        // A journal that was never opened.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => vec![],
+        Err(error) => return Err(error),
+    };
+    let mut numbers: Vec<u64> = names.iter().filter_map(number).collect();
     numbers.sort_unstable();
     Ok(numbers)
 }

@@ -79,6 +79,8 @@ message_types! {
     Volumes = 0x32;
     /// Target to source: a condition that began or ended.
     Notice = 0x33;
+    /// Target to source: where changes go.
+    Staging = 0x38;
     /// Are you there?
     Ping = 0x40;
     /// Yes.

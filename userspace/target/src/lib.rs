@@ -20,9 +20,11 @@
 
 pub mod applier;
 pub mod catalog;
+pub mod clock;
 pub mod config;
 pub mod journal;
 pub mod outlet;
+pub mod overlay;
 pub mod replica;
 pub mod server;
 pub mod session;

@@ -13,7 +13,7 @@ use clap::{Parser, Subcommand};
 use dtloop_store as state_file;
 use dtloop_target::applier::Saved;
 use dtloop_target::catalog::Catalog;
-use dtloop_target::config::{CONFIG_PATH, Config, Size, VolumeConfig};
+use dtloop_target::config::{CONFIG_PATH, Config, ResyncPolicy, Size, VolumeConfig};
 use dtloop_target::replica::set_dir;
 use dtloop_target::server::{Server, lock_state_dir};
 use dtloop_target::volume::Volume;
@@ -178,6 +178,7 @@ fn create(config_path: &Path, name: &str, path: &Path, size: Option<Size>) -> Re
         name: name.to_owned(),
         path: path.clone(),
         size,
+        resync: ResyncPolicy::Staged,
     })?;
     let temporary = config_path.with_extension("toml.new");
     let write = || -> std::io::Result<()> {

@@ -5,16 +5,16 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dtloop_core::binding::Refusal;
 use dtloop_core::sequence::{Arrival, Hole, Sequencer};
 use dtloop_core::set::Admission;
-use dtloop_journal::{AppendError, BatchInfo};
+use dtloop_journal::{AppendError, BatchInfo, Position};
 use dtloop_proto::frame::FrameError;
 use dtloop_proto::header::HEADER_BYTES;
 use dtloop_proto::limits::{BODY_BYTES_MAX, FRAME_BYTES_MAX};
-use dtloop_proto::message::{Hello, Refuse, Welcome, bounded_text};
+use dtloop_proto::message::{Hello, Notice, OPTION_IN_PLACE, Refuse, Welcome, bounded_text};
 use dtloop_proto::{Code, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
@@ -28,6 +28,12 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A source sends at least a ping in this time, or it is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Pause before the journal is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// While it waits for the journal, the source hears that the target lives; longer than its time to a ping.
+const ALIVE_EVERY: Duration = Duration::from_secs(7);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -61,10 +67,16 @@ pub enum SessionEnd {
     Stopping,
 }
 
+fn append_cause(error: &AppendError) -> String {
+    match error {
+        AppendError::Io { source, .. } => source.to_string(),
+        AppendError::Full { .. } | AppendError::Space { .. } => "no room".to_owned(),
+    }
+}
+
 fn journal_cause(error: &JournalError) -> String {
     match error {
-        JournalError::Append(AppendError::Io { source, .. }) => source.to_string(),
-        JournalError::Append(_) => "no room".to_owned(),
+        JournalError::Append(error) => append_cause(error),
         JournalError::Stopped => "it was waiting for room".to_owned(),
     }
 }
@@ -160,9 +172,17 @@ fn receive(shared: &Arc<Shared>, mut connection: Connection, hello: Hello) -> Se
         refuse(&mut connection, &end);
         return end;
     };
+    let in_place = hello
+        .options
+        .iter()
+        .any(|option| option.key == OPTION_IN_PLACE);
     let opened = shared
-        .replica(hello.source_id, &hello.set)
+        .replica(hello.source_id, &hello.set, in_place)
         .and_then(|replica| {
+            if in_place {
+                // Before the set is taken over: who has it may be waiting for just this.
+                replica.give_up_stage();
+            }
             let other = connection.try_clone();
             other
                 .map(|other| (replica, other))
@@ -460,15 +480,12 @@ impl Session {
             .iter()
             .map(|(start, end)| &batch.buffer[*start..*end])
             .collect();
-        match writer
-            .journal
-            .append(&runs, parsed.info, writer.stream_uuid)
-        {
+        match self.append(&runs, parsed.info, writer) {
             Ok(end) => batch.end = end,
-            Err(error) => {
+            Err(end) => {
                 batch.items.clear();
                 self.spare = Some(batch);
-                return Err(error.into());
+                return Err(end);
             }
         }
         batch.bytes = runs.iter().map(|run| run.len() as u64).sum();
@@ -487,5 +504,56 @@ impl Session {
             .commands
             .send(Command::Batch(batch))
             .map_err(|_| SessionEnd::Stopping)
+    }
+
+    /// Appends to the journal. While its disk fails or is full, the source is held back and told why.
+    fn append(
+        &self,
+        frames: &[&[u8]],
+        info: BatchInfo,
+        writer: &mut Writer,
+    ) -> Result<Position, SessionEnd> {
+        let (mut told, takeovers) = (None::<Instant>, self.replica.takeovers());
+        loop {
+            let error = match writer.journal.append(frames, info, writer.stream_uuid) {
+                Ok(end) => {
+                    if told.is_some() {
+                        self.notice(Code::OK, "The journal can be written again".to_owned());
+                    }
+                    return Ok(end);
+                }
+                Err(JournalError::Append(error)) => error,
+                Err(stopped) => return Err(stopped.into()),
+            };
+            match told {
+                None => {
+                    let cause = append_cause(&error);
+                    let text = format!(
+                        "{error}: {cause}; the source waits, it is tried again every second, nothing is lost"
+                    );
+                    tracing::error!("{text}.");
+                    self.notice(Code::JOURNAL_IO, text);
+                    told = Some(Instant::now());
+                }
+                Some(at) if at.elapsed() >= ALIVE_EVERY => {
+                    self.replica.outlet.send_ack();
+                    told = Some(Instant::now());
+                }
+                Some(_) => {}
+            }
+            let until = Instant::now() + RETRY_AFTER;
+            while Instant::now() < until {
+                if self.replica.is_stopping() || self.replica.takeovers() != takeovers {
+                    return Err(SessionEnd::Stopping);
+                }
+                std::thread::sleep(RETRY_AFTER / 20);
+            }
+        }
+    }
+
+    fn notice(&self, code: Code, text: String) {
+        let text = bounded_text(text);
+        let notice = Message::Notice(Notice { code, text });
+        self.replica.outlet.send(&notice);
     }
 }

@@ -26,6 +26,7 @@ impl Worker {
                 } => drop(reply.send(self.start(stream, &devices, kind))),
                 Command::Pause { paused, reply } => drop(reply.send(self.pause(paused))),
                 Command::Stop { reply } => drop(reply.send(self.stop_job())),
+                Command::InPlace { reply } => drop(reply.send(Ok(self.choose_in_place()))),
                 Command::Wait { reply } => drop(reply.send(self.wait_for(stream))),
             }
             self.published = Instant::now() - PUBLISH_EVERY;

@@ -55,6 +55,7 @@ impl Worker {
         }
         if let Some(stream) = stream {
             self.fill_positions(&mut snapshot.status, stream, session);
+            snapshot.status.staging = self.staging_status();
             if let Ok(devices) = stream.devices() {
                 snapshot.status.devices = devices
                     .iter()
