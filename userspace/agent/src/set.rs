@@ -31,7 +31,7 @@ use dtloop_core::replica::SetMemory;
 use dtloop_core::resync::Resync;
 use dtloop_core::source::{Resumed, SessionError, SourceSession};
 use dtloop_proto::message::{
-    DeviceOffer, Hello, Marker, Refuse, Staging, VolumeReport, VolumeSync, Welcome,
+    DeviceOffer, Hello, Marker, Refuse, Staging, StagingPhase, VolumeReport, VolumeSync, Welcome,
 };
 use dtloop_proto::{Message, Uuid};
 
@@ -508,10 +508,13 @@ impl Worker {
         welcome: Welcome,
         resumed: Resumed,
     ) -> Result<(), End> {
+        self.staging = Staging {
+            phase: StagingPhase::of(&welcome.options),
+            ..Staging::default()
+        };
         self.reports = welcome.volumes;
         self.lost = (welcome.lost_from != 0).then_some((welcome.lost_from, welcome.lost_last));
         self.notice = None;
-        self.staging = Staging::default();
         self.in_place = false;
         let broken = match resumed {
             Resumed::Continues => None,

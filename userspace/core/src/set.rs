@@ -372,6 +372,30 @@ impl SetState {
         }
     }
 
+    /// The volumes are settled, to be used on the target: they keep what they hold, and nothing is applied to them any more.
+    pub fn release(&mut self) {
+        self.distrust_all();
+        for (label, volume) in &mut self.volumes {
+            let refusal = crate::binding::released(label);
+            volume.refused = Some((refusal.code.0, refusal.text));
+        }
+        (self.stage, self.wanted, self.in_place) = (None, None, false);
+    }
+
+    /// Forgets a volume.
+    pub fn remove(&mut self, label: &str) {
+        self.volumes.remove(label);
+        if let Some(wanted) = &mut self.wanted {
+            wanted.labels.remove(label);
+        }
+        if let Some(stage) = &mut self.stage {
+            stage.labels.remove(label);
+            if stage.labels.is_empty() {
+                self.stage = None;
+            }
+        }
+    }
+
     fn distrust_all(&mut self) {
         let labels: Vec<String> = self.volumes.keys().cloned().collect();
         for label in labels {

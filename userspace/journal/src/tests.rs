@@ -157,6 +157,22 @@ fn a_full_disk_is_told_and_goes_on_when_there_is_space() {
     assert_eq!(disk.list(Path::new(DIR)).unwrap().len(), 2);
 }
 
+/// The file of a segment that could not be begun is used for it later, and for no other one.
+#[test]
+fn a_segment_that_was_begun_in_vain_is_not_taken_for_a_spare_one() {
+    let disk = SimDisk::new(1);
+    let mut journal = open(&disk);
+    append(&mut journal, 1, 60_000).unwrap();
+    let place = append(&mut journal, 2, 60_000).unwrap();
+    disk.fail(1, 1, 5);
+    assert!(append(&mut journal, 3, 60_000).is_err());
+    journal.release(place);
+    for seq in 3..=5 {
+        append(&mut journal, seq, 60_000).unwrap();
+    }
+    assert_eq!(sequence(&disk, place), [3, 4, 5]);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Append(usize),

@@ -340,7 +340,10 @@ impl Journal {
         stream_uuid: Uuid,
     ) -> io::Result<Segment> {
         let path = segment_path(&self.dir, number);
-        if let Some(spare) = self.spare.last() {
+        // A file that was begun under this number before is a spare one, too, and the one to be taken.
+        if let Some(begun) = self.spare.iter().position(|spare| *spare == path) {
+            self.spare.remove(begun);
+        } else if let Some(spare) = self.spare.last() {
             self.disk.rename(spare, &path)?;
             self.spare.pop();
         }

@@ -246,6 +246,34 @@ pub struct Staging {
 /// value is empty.
 pub const OPTION_IN_PLACE: u16 = 30;
 
+/// Key of [`Welcome::options`]: where changes go. The value is one byte, the number of the [`StagingPhase`].
+pub const OPTION_STAGING: u16 = 31;
+
+impl StagingPhase {
+    /// The phase in a welcome: [`Self::Direct`] if it says nothing.
+    #[must_use]
+    pub fn of(options: &[HandshakeOption]) -> Self {
+        let option = options.iter().find(|option| option.key == OPTION_STAGING);
+        match option.map(|option| &option.value[..]) {
+            Some([1]) => Self::Staged,
+            Some([2]) => Self::Publishing,
+            _ => Self::Direct,
+        }
+    }
+
+    /// The option for a welcome; none for [`Self::Direct`].
+    #[must_use]
+    pub fn option(self) -> Option<HandshakeOption> {
+        let value = match self {
+            Self::Direct => return None,
+            Self::Staged => vec![1],
+            Self::Publishing => vec![2],
+        };
+        let key = OPTION_STAGING;
+        Some(HandshakeOption { key, value })
+    }
+}
+
 /// Any control message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {

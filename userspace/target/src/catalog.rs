@@ -82,6 +82,22 @@ impl Catalog {
         self.disk.sync_dir(&self.dir)
     }
 
+    /// The volume is used here from now on: its source may not overwrite it until it is unbound.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read or written.
+    pub fn release(&self, name: &str) -> Result<(), StateFileError> {
+        let Some(owner) = self.owner(name)? else {
+            return Ok(());
+        };
+        let released = Binding {
+            released: true,
+            ..owner
+        };
+        state_file::store_on(&*self.disk, &self.dir.join(name), &released)
+    }
+
     /// Opens a volume without binding it.
     ///
     /// # Errors

@@ -28,6 +28,7 @@ pub mod overlay;
 pub mod replica;
 pub mod server;
 pub mod session;
+pub mod settle;
 pub mod transport;
 pub mod volume;
 

@@ -277,7 +277,7 @@ fn welcome(
         lost_from: entered.lost.0,
         lost_last: entered.lost.1,
         volumes: entered.volumes,
-        options: vec![],
+        options: entered.staging.option().into_iter().collect(),
     };
     let mut out = vec![];
     frame::encode_message(&mut out, 0, 0, &Message::Welcome(welcome))?;

@@ -8,7 +8,7 @@ use std::time::Instant;
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, Rates, SetStatus};
 use dtloop_proto::Code;
-use dtloop_proto::message::VolumeSync;
+use dtloop_proto::message::{StagingPhase, VolumeSync};
 
 use super::{BUSY_WAIT, End, Measured, PUBLISH_EVERY, RATES_EVERY_MS, Session, Worker, lock};
 use crate::snapshot::{Snapshot, ms, unix_ms};
@@ -65,8 +65,12 @@ impl Worker {
         }
         snapshot.job.clone_from(&self.job);
         let states = || snapshot.status.devices.iter().map(|device| &device.state);
-        snapshot.settled =
-            session.is_some() && self.resync.is_idle() && states().all(DeviceState::is_consistent);
+        // What is staged is not in the volumes, where who waits will look for it.
+        let direct = self.staging.phase == StagingPhase::Direct;
+        snapshot.settled = session.is_some()
+            && direct
+            && self.resync.is_idle()
+            && states().all(DeviceState::is_consistent);
         let stuck = |device: &&DeviceStatus| {
             matches!(device.state, DeviceState::MirrorNeeded | DeviceState::Error)
         };

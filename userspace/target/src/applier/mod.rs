@@ -45,7 +45,7 @@ use dtloop_core::schedule::Schedule;
 use dtloop_core::set::{Admission, SetState};
 use dtloop_disk::Disk;
 use dtloop_journal::{Position, Reader};
-use dtloop_proto::message::{DeviceOffer, Hello, Mismatch, VolumeReport, Volumes};
+use dtloop_proto::message::{DeviceOffer, Hello, Mismatch, StagingPhase, VolumeReport, Volumes};
 use dtloop_proto::{Code, Message, Uuid};
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +59,7 @@ use crate::volume::Volume;
 use dtloop_store::{self as state_file, StateFileError};
 
 pub use batch::{Batch, Item};
+pub use stage::moments_of;
 
 /// What is made durable at a checkpoint.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -83,6 +84,8 @@ pub struct Entered {
     pub lost: (u64, u64),
     /// The volumes.
     pub volumes: Vec<VolumeReport>,
+    /// Where changes go.
+    pub staging: StagingPhase,
 }
 
 /// What the applier is asked to do, in order.
@@ -340,8 +343,11 @@ impl Applier {
         // Volumes may be closed now: what was written to them must be durable, and what is
         // written again later must find them as they are.
         self.checkpoint()?;
-        let entered = self.take_up(hello, durable_seq);
+        let mut entered = self.take_up(hello, durable_seq);
         self.checkpoint()?;
+        if let Ok(entered) = &mut entered {
+            entered.staging = self.staging_phase();
+        }
         Ok(entered)
     }
 
@@ -365,6 +371,7 @@ impl Applier {
             known_stream,
             lost,
             volumes: self.reports(),
+            staging: self.staging_phase(),
         })
     }
 

@@ -7,12 +7,12 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use dtloop_core::set::Phase;
+use dtloop_core::set::{Consistent, Phase, SetState};
 use dtloop_proto::message::{Staging, StagingPhase};
 use dtloop_proto::{Code, Message};
 
 use super::apply::complaint;
-use super::{Applier, Batch, Complaint, OpenError, Pause};
+use super::{Applier, Batch, Complaint, OpenError, Pause, Saved};
 use crate::config::ResyncPolicy;
 use crate::overlay::{self, Overlay};
 use crate::volume::Volume;
@@ -115,7 +115,7 @@ impl Applier {
             let config = catalog.config(label);
             config.is_none_or(|config| config.resync == ResyncPolicy::Staged)
         });
-        let overlays = self.make_overlays(&state.stage)?;
+        let overlays = self.make_overlays(state.stage.as_ref())?;
         let former = std::mem::replace(&mut self.overlays, overlays);
         let (stage, stages) = (state.stage.clone(), state.stages);
         let saved = self.save_stage(|saved| {
@@ -134,7 +134,7 @@ impl Applier {
 
     fn make_overlays(
         &mut self,
-        stage: &Option<dtloop_core::set::Stage>,
+        stage: Option<&dtloop_core::set::Stage>,
     ) -> Result<BTreeMap<String, Overlay>, Pause> {
         let Some(stage) = stage else {
             return Ok(BTreeMap::new());
@@ -193,18 +193,25 @@ impl Applier {
         self.tell_staging();
     }
 
+    /// Where changes go, as it is told to the source.
+    #[must_use]
+    pub fn staging_phase(&self) -> StagingPhase {
+        match self.state.stage.as_ref().map(|stage| stage.phase) {
+            None => StagingPhase::Direct,
+            Some(Phase::Staged) => StagingPhase::Staged,
+            Some(Phase::Publishing) => StagingPhase::Publishing,
+        }
+    }
+
     /// Tells the source where changes go.
     pub fn tell_staging(&mut self) {
         self.told_staging = self.parts.clock.now();
         let mut told = Staging {
+            phase: self.staging_phase(),
             staged_bytes: self.staged_bytes(),
             ..Staging::default()
         };
         if let Some(stage) = &self.state.stage {
-            told.phase = match stage.phase {
-                Phase::Staged => StagingPhase::Staged,
-                Phase::Publishing => StagingPhase::Publishing,
-            };
             if stage.phase == Phase::Staged {
                 told.consistent_seq = stage.since.seq;
                 told.consistent_time_ns = stage.since.time_ns;
@@ -312,7 +319,7 @@ impl Applier {
     }
 
     /// The staging area cannot be written at all: the volumes go on without what is in it, and are compared.
-    fn abandon_overlays(&self, state: &mut dtloop_core::set::SetState, error: &io::Error) {
+    fn abandon_overlays(&self, state: &mut SetState, error: &io::Error) {
         tracing::error!(
             "Set \"{}\": what was staged is lost ({error}); the volumes have to be mirrored by difference.",
             state.set
@@ -355,4 +362,49 @@ impl Applier {
             None => Ok(false),
         }
     }
+
+    /// Settles the set: all of what is published is written into the volumes, and what is only staged is left out. The volumes
+    /// then hold the last consistent state that there is, and belong to whoever uses them here. Gives the moment of the
+    /// state of each volume; none: it never was consistent.
+    ///
+    /// # Errors
+    ///
+    /// [`Pause`].
+    pub fn settle(&mut self) -> Result<BTreeMap<String, Option<Consistent>>, Pause> {
+        self.checkpoint()?;
+        while self.drain()? {}
+        self.checkpoint()?;
+        if self
+            .state
+            .stage
+            .as_ref()
+            .is_some_and(|stage| stage.phase == Phase::Publishing)
+        {
+            let code = Code::VOLUME_NOT_FOUND;
+            let text = format!("A volume of set \"{}\" is not there", self.state.set);
+            return Err(Pause::Blocked(Complaint { code, text }));
+        }
+        let mut state = self.state.clone();
+        state.release();
+        let moments = moments_of(&state);
+        self.save(Saved {
+            state: state.clone(),
+            checkpoint: self.applied,
+            overlays: BTreeMap::new(),
+        })?;
+        self.state = state;
+        self.overlays.clear();
+        // What cannot be removed is removed later, and never taken for anything.
+        let _ = overlay::clean(&*self.parts.disk, &self.space.dir, &[], 0);
+        Ok(moments)
+    }
+}
+
+/// What each volume of a set that is released holds.
+#[must_use]
+pub fn moments_of(state: &SetState) -> BTreeMap<String, Option<Consistent>> {
+    let volumes = state.volumes.iter();
+    volumes
+        .map(|(label, volume)| (label.clone(), volume.consistent))
+        .collect()
 }
