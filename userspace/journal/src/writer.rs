@@ -104,6 +104,21 @@ impl Segment {
     }
 }
 
+/// Writes a range as it is. What was read may be in memory only, and after an fdatasync that failed another one does
+/// nothing for it: the kernel takes pages that it could not write for clean. Only the last segment needs this, the others
+/// were made durable when they were left.
+fn write_again(file: &dyn DiskFile, start: u64, end: u64) -> io::Result<()> {
+    let mut at = start;
+    while at < end {
+        let length = (end - at).min(1 << 20);
+        let mut data = vec![0; usize::try_from(length).unwrap_or(1 << 20)];
+        file.read_at(&mut data, at)?;
+        file.write_at(&mut [IoSlice::new(&data)], at)?;
+        at += length;
+    }
+    Ok(())
+}
+
 impl Journal {
     /// Opens the journal in that directory, which is made if there is none. What is between `from` and `end` stays;
     /// what is before may be used again, and what is behind is cut off for good. `end` is where the last whole batch ended
@@ -146,10 +161,11 @@ impl Journal {
         };
         journal.remove_surplus()?;
         for number in journal.live.clone() {
-            let file = journal.disk.open(&segment_path(dir, number), false)?;
-            // What was read may still be in memory only.
-            file.sync()?;
             if number == end.segment {
+                let file = journal.disk.open(&segment_path(dir, number), false)?;
+                let within = number == from.segment;
+                let start = if within { from.offset } else { 0 };
+                write_again(&*file, start, end.offset)?;
                 journal.go_on_in(file, number, end.offset)?;
             }
         }
