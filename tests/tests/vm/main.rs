@@ -20,3 +20,4 @@ mod replication_mirror;
 mod replication_refusals;
 mod replication_resync;
 mod replication_rig;
+mod replication_staging;

@@ -84,9 +84,9 @@ fn mask(from: u64, to: u64) -> u64 {
 impl Cell {
     fn get(&self, block: u64) -> Place {
         let (word, bit) = ((block / 64) as usize % WORDS, block % 64);
-        if self.data[word] >> bit & 1 == 1 {
+        if (self.data[word] >> bit) & 1 == 1 {
             Place::Data
-        } else if self.zero[word] >> bit & 1 == 1 {
+        } else if (self.zero[word] >> bit) & 1 == 1 {
             Place::Zero
         } else {
             Place::Under
