@@ -372,14 +372,39 @@ impl SetState {
         }
     }
 
+    /// What is staged is lost, or left out: the volumes are what they are without it. One that is half published is no
+    /// state of the source.
+    pub fn abandon_stage(&mut self) {
+        let Some(stage) = self.stage.take() else {
+            return;
+        };
+        let since = (stage.phase == Phase::Staged).then_some(stage.since);
+        for label in &stage.labels {
+            self.distrust(label);
+            if let Some(volume) = self.volumes.get_mut(label) {
+                volume.consistent = since;
+            }
+        }
+    }
+
     /// The volumes are settled, to be used on the target: they keep what they hold, and nothing is applied to them any more.
+    /// From here on [`VolumeState::consistent`] says what that is, or nothing if it is between two states.
     pub fn release(&mut self) {
-        self.distrust_all();
+        let staged = self.stage.as_ref().map(|stage| stage.labels.clone());
+        let staged = staged.unwrap_or_default();
+        self.abandon_stage();
+        let (now, whole) = (self.moment(), self.consistent_labels());
         for (label, volume) in &mut self.volumes {
+            if whole.contains(label) {
+                volume.consistent = Some(now);
+            } else if !staged.contains(label) {
+                volume.consistent = None;
+            }
             let refusal = crate::binding::released(label);
             volume.refused = Some((refusal.code.0, refusal.text));
+            volume.sync = Sync::Unmirrored;
         }
-        (self.stage, self.wanted, self.in_place) = (None, None, false);
+        (self.wanted, self.in_place) = (None, false);
     }
 
     /// Forgets a volume.
@@ -769,6 +794,34 @@ mod tests {
         state.on_marker(1, Marker::MirrorEnd { device: 1 });
         assert!(state.is_publishable());
         assert_eq!(state.publish(), ["other"]);
+    }
+
+    #[test]
+    fn settled_volumes_say_what_they_hold() {
+        let moment = |state: &SetState, label: &str| state.volumes[label].consistent.map(|c| c.seq);
+        let mut whole = mirrored();
+        whole.release();
+        assert_eq!(moment(&whole, "vol"), Some(1));
+        assert!(!whole.in_sync("vol"));
+
+        // A mirror of one: the other one is staged as well, and has its state of before.
+        let mut state = mirrored();
+        state.bind("other", 2, 64, None);
+        state.on_marker(2, Marker::MirrorBegin { device: 2 });
+        state.on_marker(2, Marker::MirrorEnd { device: 2 });
+        state.on_marker(2, Marker::MirrorBegin { device: 2 });
+        state.begin_stage(|_| true);
+        state.on_record(2, &record(Op::Write, STATE_COMMITTED));
+        let mut given_up = state.clone();
+        state.release();
+        assert_eq!(
+            (moment(&state, "vol"), moment(&state, "other")),
+            (Some(1), Some(1))
+        );
+        given_up.give_up_stage();
+        given_up.stage = None;
+        given_up.release();
+        assert_eq!(moment(&given_up, "other"), None, "it is between two states");
     }
 
     #[test]

@@ -383,7 +383,7 @@ fn settle(config: &Config, name: &str, discard_staged: bool, json: bool) -> Resu
             )?,
             None => writeln!(
                 out,
-                "Volume \"{name}\" holds no complete state of the source: its mirror was not complete."
+                "Volume \"{name}\" holds no state of the source: a mirror or resync into it was not complete."
             )?,
         }
     }

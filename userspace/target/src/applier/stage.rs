@@ -92,11 +92,11 @@ impl Applier {
         if self.state.wanted.is_none() {
             return Ok(());
         }
+        self.write_again(batch)?;
         // What was published before must all be in the volumes: they are to keep it.
         if self.drain()? {
             return Err(Pause::Again);
         }
-        self.write_again(batch)?;
         if !self.is_drained() && self.state.stage.is_some() {
             return Err(Pause::Blocked(Complaint {
                 code: Code::VOLUME_NOT_FOUND,
@@ -324,10 +324,7 @@ impl Applier {
             "Set \"{}\": what was staged is lost ({error}); the volumes have to be mirrored by difference.",
             state.set
         );
-        let labels = state.stage.take().map(|stage| stage.labels);
-        for label in labels.unwrap_or_default() {
-            state.distrust(&label);
-        }
+        state.abandon_stage();
     }
 
     /// Writes some of what is published into the volumes. False: there is nothing that could be.

@@ -774,3 +774,58 @@ fn a_torn_tail_is_cut_and_nothing_acknowledged_is_lost() {
     assert_eq!(target.next_seq, 7);
     assert_eq!(target.held()[0][13 * SECTOR], 3);
 }
+
+#[test]
+fn a_settled_set_holds_its_last_consistent_state_and_says_which() {
+    let (script, histories) = (script(), histories(&script()));
+    for batches in 0..=script.len() {
+        let disk = SimDisk::new(1);
+        let mut target = Target::new(&disk);
+        target.prepare();
+        target.start().unwrap();
+        for events in &script[..batches] {
+            target.send(events).unwrap();
+            target.idle().unwrap();
+        }
+        // Killed, and settled by another process.
+        disk.crash();
+        target.parts.horizon = Arc::default();
+        target.start().unwrap();
+        let moments = loop {
+            match target.applier().settle() {
+                Ok(moments) => break moments,
+                Err(Pause::Again) => {}
+                Err(pause) => panic!("{pause:?}"),
+            }
+        };
+        disk.crash();
+        let plain = target.plain();
+        for (index, label) in ["a", "b"].into_iter().enumerate() {
+            match moments[label] {
+                Some(moment) => {
+                    let seq = usize::try_from(moment.seq).unwrap();
+                    assert!(
+                        plain[index] == histories[seq][index],
+                        "{batches} batches, {label}: not record {seq}"
+                    );
+                    assert_eq!(moment.time_ns, moment.seq * 1000);
+                }
+                None => assert!(batches <= index, "{batches} batches: {label} has no state"),
+            }
+        }
+        // Nothing is written to them any more.
+        let saved: Saved = state_file::load_on(&disk, &dir().join("state"))
+            .unwrap()
+            .unwrap();
+        assert!(
+            saved
+                .state
+                .volumes
+                .values()
+                .all(|volume| volume.refused.is_some())
+        );
+        target.parts.horizon = Arc::default();
+        target.start().unwrap();
+        assert!(target.applier().volumes.is_empty());
+    }
+}
