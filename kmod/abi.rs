@@ -241,11 +241,26 @@ pub const FEATURE_TRACK: u64 = 1 << 0;
 pub const FEATURE_BLOCK: u64 = 1 << 1;
 /// Feature bit: SYNC reads.
 pub const FEATURE_SYNC: u64 = 1 << 2;
+/// Feature bit: the write-intent map.
+pub const FEATURE_INTENT: u64 = 1 << 3;
+/// Feature bit: `POLICY_THROTTLE`.
+pub const FEATURE_THROTTLE: u64 = 1 << 4;
 
 /// Full-ring policy: mark the range dirty and let the write through.
 pub const POLICY_TRACK: u32 = 0;
 /// Full-ring policy: wait for room.
 pub const POLICY_BLOCK: u32 = 1;
+/// Full-ring policy: slow changes down as the ring fills, and when it is full nevertheless, track.
+pub const POLICY_THROTTLE: u32 = 2;
+
+/// [`POLICY_THROTTLE`] begins to delay when this part of the ring is in use, in percent, if the caller asks for 0.
+pub const THROTTLE_START_DEFAULT: u32 = 50;
+/// And ends when less than this is, in percent.
+pub const THROTTLE_STOP_DEFAULT: u32 = 25;
+/// Delay of a change when the ring is full, in milliseconds; less in proportion.
+pub const THROTTLE_DELAY_MS_DEFAULT: u32 = 50;
+/// Largest delay that can be asked for, in milliseconds.
+pub const THROTTLE_DELAY_MS_MAX: u32 = 10_000;
 
 /// What the module is; no privilege beyond opening the file.
 #[repr(C)]
@@ -306,7 +321,7 @@ pub struct StreamDestroy {
 }
 const _: () = assert!(size_of::<StreamDestroy>() == 64);
 
-/// Change a stream's full-ring policy.
+/// Change a stream's full-ring policy. `EINVAL` for one that does not exist, or levels out of order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StreamSet {
@@ -314,8 +329,16 @@ pub struct StreamSet {
     pub stream_id: u32,
     /// In: `POLICY_*`.
     pub policy: u32,
+    /// In: for [`POLICY_THROTTLE`], in percent, 1..=100; 0: the default.
+    pub throttle_start: u32,
+    /// In: in percent, below the start; 0: the default, or half of a start that is not above it.
+    pub throttle_stop: u32,
+    /// In: in milliseconds, up to [`THROTTLE_DELAY_MS_MAX`]; 0: the default.
+    pub throttle_delay_ms: u32,
     /// Must be zero.
-    pub reserved: [u64; 7],
+    pub reserved0: u32,
+    /// Must be zero.
+    pub reserved: [u64; 5],
 }
 const _: () = assert!(size_of::<StreamSet>() == 64);
 
@@ -325,6 +348,8 @@ pub const STREAM_CONSUMER: u32 = 1 << 0;
 pub const STREAM_GAP: u32 = 1 << 1;
 /// Status flag of a stream: the consumer wrote a bad `released`; it must reopen.
 pub const STREAM_BAD_CONSUMER: u32 = 1 << 2;
+/// Status flag of a stream: changes are being delayed.
+pub const STREAM_THROTTLING: u32 = 1 << 3;
 
 /// Everything about a stream. `ENOENT` when there is none (no more).
 #[repr(C)]
@@ -383,10 +408,20 @@ pub struct StreamStatus {
     pub bad_releases: u64,
     /// Out: devices attached.
     pub devices: u32,
+    /// Out: see [`StreamSet`].
+    pub throttle_start: u32,
+    /// Out: see [`StreamSet`].
+    pub throttle_stop: u32,
+    /// Out: see [`StreamSet`].
+    pub throttle_delay_ms: u32,
+    /// Out: changes that were delayed (`POLICY_THROTTLE`).
+    pub throttles: u64,
+    /// Out: nanoseconds they were delayed in all.
+    pub throttle_ns: u64,
+    /// Out: the longest of these delays in nanoseconds.
+    pub throttle_ns_max: u64,
     /// Must be zero.
-    pub reserved0: u32,
-    /// Must be zero.
-    pub reserved: [u64; 8],
+    pub reserved: [u64; 4],
 }
 const _: () = assert!(size_of::<StreamStatus>() == 320);
 
@@ -432,8 +467,10 @@ pub struct Attach {
     /// In: label that travels with the status (the name of the volume on the target): 0..=63
     /// bytes of `[A-Za-z0-9_.-]`, zero-terminated and zero-filled.
     pub label: [u8; NAME_BYTES],
+    /// In: which disk it is, however it is found; the intent file remembers it. Zero: not known.
+    pub identity: [u8; 16],
     /// Must be zero.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 2],
 }
 const _: () = assert!(size_of::<Attach>() == 144);
 
@@ -551,14 +588,183 @@ pub struct DeviceStatus {
     /// Out: sectors that the backing device says were written since attach and this module did
     /// not write.
     pub bypass_sectors: u64,
+    /// Out: `FOUND_*`: what the intent file knew of the device when it was attached.
+    pub intent_found: u32,
     /// Must be zero.
-    pub reserved: [u64; 8],
+    pub reserved0: u32,
+    /// Out: regions marked in the intent file.
+    pub regions_marked: u64,
+    /// Out: regions marked since an earlier life of the file, which have to be compared.
+    pub regions_suspect: u64,
+    /// Must be zero.
+    pub reserved: [u64; 5],
 }
 const _: () = assert!(size_of::<DeviceStatus>() == 392);
 
 // ---------------------------------------------------------------------------------------------
+// The write-intent map
+// ---------------------------------------------------------------------------------------------
+
+/// Region of the intent map when the caller asks for 0, in bytes.
+pub const REGION_BYTES_DEFAULT: u32 = 4 << 20;
+
+/// Smallest and largest region in bytes.
+pub const REGION_BYTES_MIN: u32 = 64 << 10;
+/// See [`REGION_BYTES_MIN`].
+pub const REGION_BYTES_MAX: u32 = 1 << 30;
+
+/// Hot regions when the caller asks for 0: 4 GiB of the default region.
+pub const HOT_REGIONS_DEFAULT: u32 = 1024;
+
+/// How long a region stays marked at least after its last change when the caller asks for 0, in milliseconds.
+pub const INTENT_IDLE_MS_DEFAULT: u32 = 30_000;
+
+/// Most streams that the marks of one file cover.
+pub const INTENT_BASES: usize = 8;
+
+/// Intent flag: begin the file anew, whatever it holds.
+pub const INTENT_FORMAT: u32 = 1 << 0;
+
+/// What was found: there is no intent file.
+pub const FOUND_NONE: u32 = 0;
+/// What was found: nothing; the file, or the device in it, is new.
+pub const FOUND_NEW: u32 = 1;
+/// What was found: marks that were kept without a gap.
+pub const FOUND_KNOWN: u32 = 2;
+/// What was found: the file says that it is not to be relied on, as it once could not be written.
+pub const FOUND_VOID: u32 = 3;
+/// What was found: the file of another source or set.
+pub const FOUND_FOREIGN: u32 = 4;
+/// What was found: a format that this module does not know.
+pub const FOUND_FORMAT: u32 = 5;
+/// What was found: damage.
+pub const FOUND_DAMAGED: u32 = 6;
+/// What was found: the device, with another identity: another disk under its name.
+pub const FOUND_REPLACED: u32 = 7;
+/// What was found: the device, with another size.
+pub const FOUND_RESIZED: u32 = 8;
+
+/// Give a stream its intent file: an ordinary file, written to its end beforehand, on a file system that lies on one
+/// block device and tells where a file's blocks are (ext4 and XFS do). The kernel writes those blocks itself; until the stream
+/// is destroyed nobody else can write, truncate, move or remove the file.
+///
+/// A usable file of this set goes on: each device that is attached finds its marks by its label. Any other one begins
+/// anew. A device that is attached already has all its regions marked. `EBUSY` the stream has one; `ETXTBSY` the file is in
+/// use; `EDEADLK` it lies on a loop device of this module; `EOPNOTSUPP` the file system does not tell, or the file has
+/// holes; `EINVAL` a size out of range (64 KiB to 64 MiB, whole blocks of 4096); `ENOSPC` it is too small for the devices.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StreamIntent {
+    /// In.
+    pub stream_id: u32,
+    /// In: `INTENT_*`.
+    pub flags: u32,
+    /// In: the file, open for reading and writing.
+    pub fd: i32,
+    /// In: region in bytes, a power of two; 0: the default. A file that goes on keeps its own.
+    pub region_bytes: u32,
+    /// In: marks are cleared early when more regions than this are marked; 0: the default.
+    pub hot_max: u32,
+    /// In: how long a region stays marked at least after its last change; 0: the default.
+    pub idle_ms: u32,
+    /// In: who the source is.
+    pub source: [u8; 16],
+    /// Out: `FOUND_*`.
+    pub found: u32,
+    /// Must be zero.
+    pub reserved0: u32,
+    /// Must be zero.
+    pub reserved: [u64; 10],
+}
+const _: () = assert!(size_of::<StreamIntent>() == 128);
+
+/// Flag of an intent map: changes wait until their regions are marked.
+pub const INTENT_ON: u32 = 1 << 0;
+/// Flag of an intent map: the file could not be written, or not in time; changes no longer wait, and the marks are
+/// not to be relied on.
+pub const INTENT_FAILED: u32 = 1 << 1;
+
+/// A stream whose changes the marks cover.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IntentBase {
+    /// The stream; zero: none.
+    pub stream_uuid: [u8; 16],
+    /// Marks were taken away by what the target had of it: everything below this record.
+    pub acked: u64,
+}
+const _: () = assert!(size_of::<IntentBase>() == 24);
+
+/// Everything about the intent map of a stream. `ENOENT` when there is no such stream.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct IntentStatus {
+    /// In. The stream's own file ignores it.
+    pub stream_id: u32,
+    /// Out: [`INTENT_ON`], [`INTENT_FAILED`].
+    pub flags: u32,
+    /// Out: `FOUND_*` of the file.
+    pub found: u32,
+    /// Out: region in bytes.
+    pub region_bytes: u32,
+    /// Out: see [`StreamIntent`].
+    pub hot_max: u32,
+    /// Out: see [`StreamIntent`].
+    pub idle_ms: u32,
+    /// Out: streams that have used the file.
+    pub life: u32,
+    /// Must be zero.
+    pub reserved0: u32,
+    /// Out: rises with every write of the file.
+    pub version: u64,
+    /// Out: the version at which the file was found.
+    pub found_version: u64,
+    /// Out: length of the file in bytes.
+    pub file_bytes: u64,
+    /// Out: regions marked.
+    pub marked: u64,
+    /// Out: of these, regions that have to be compared.
+    pub suspect: u64,
+    /// Out: changes that found their regions marked.
+    pub hits: u64,
+    /// Out: changes that had to wait for a mark.
+    pub misses: u64,
+    /// Out: nanoseconds they waited in all.
+    pub wait_ns: u64,
+    /// Out: the longest of these waits in nanoseconds.
+    pub wait_ns_max: u64,
+    /// Out: writes of the file.
+    pub writes: u64,
+    /// Out: rounds of clearing.
+    pub rounds: u64,
+    /// Out: marks cleared.
+    pub cleared: u64,
+    /// Out: streams that the marks cover, this one included.
+    pub bases: [IntentBase; INTENT_BASES],
+    /// Must be zero.
+    pub reserved: [u64; 4],
+}
+const _: () = assert!(size_of::<IntentStatus>() == 352);
+
+// ---------------------------------------------------------------------------------------------
 // ioctls of /dev/dtloop-stream<ID>
 // ---------------------------------------------------------------------------------------------
+
+/// Say what the target has: marks of the intent map that are no longer needed may go. To be called once a second or
+/// so. `ENOENT` without an intent map, `EINVAL` beyond what is complete.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct IntentClear {
+    /// In: the target has every record below this durably.
+    pub acked: u64,
+    /// Out: version of the file that is on disk.
+    pub version: u64,
+    /// Out: regions marked.
+    pub marked: u64,
+    /// Must be zero.
+    pub reserved: [u64; 5],
+}
+const _: () = assert!(size_of::<IntentClear>() == 64);
 
 /// SYNC flag: clear the dirty bits of blocks that lie wholly inside the range.
 pub const SYNC_CLEAR: u32 = 1 << 0;
@@ -645,6 +851,11 @@ pub const IOC_RESIZE: u32 = iowr::<Resize>(7);
 /// [`DeviceStatus`]. The stream's own file reports its own devices only.
 pub const IOC_DEVICE_STATUS: u32 = iowr::<DeviceStatus>(8);
 
+/// [`StreamIntent`].
+pub const IOC_STREAM_INTENT: u32 = iowr::<StreamIntent>(9);
+/// [`IntentStatus`]. Also understood by the stream's own file.
+pub const IOC_INTENT_STATUS: u32 = iowr::<IntentStatus>(10);
+
 /// Stream file: [`Sync`].
 pub const IOC_SYNC: u32 = iowr::<Sync>(32);
 /// Stream file: [`Dirty`], look up.
@@ -653,3 +864,13 @@ pub const IOC_DIRTY_NEXT: u32 = iowr::<Dirty>(33);
 pub const IOC_DIRTY_SET: u32 = iowr::<Dirty>(34);
 /// Stream file: no argument; `released` has moved and somebody waits for room.
 pub const IOC_KICK: u32 = ioc(0, 35, 0);
+/// Stream file: [`IntentClear`].
+pub const IOC_INTENT_CLEAR: u32 = iowr::<IntentClear>(36);
+/// Stream file: [`Dirty`], the next run of regions that have to be compared.
+pub const IOC_SUSPECT_NEXT: u32 = iowr::<Dirty>(37);
+/// Stream file: [`Dirty`], regions wholly inside the range were compared; where they differed, the target has what the
+/// source has.
+pub const IOC_SUSPECT_CLEAR: u32 = iowr::<Dirty>(38);
+/// Stream file: [`Dirty`], every marked region that the range touches has to be compared: the target lacks records that are
+/// gone. `ENOENT` without an intent map.
+pub const IOC_SUSPECT_SET: u32 = iowr::<Dirty>(39);

@@ -160,6 +160,33 @@ impl CharFile for Consumer {
                 })?;
                 Ok(request)
             }),
+            abi::IOC_INTENT_STATUS => {
+                exchange(arg, |_: abi::IntentStatus| Ok(self.stream.intent_status()))
+            }
+            abi::IOC_INTENT_CLEAR => exchange(arg, |request: abi::IntentClear| {
+                if request.reserved != [0; 5] {
+                    return Err(EINVAL);
+                }
+                self.stream.clear_intents(request)
+            }),
+            abi::IOC_SUSPECT_NEXT => exchange(arg, |mut request: abi::Dirty| {
+                let device = self.device(check_dirty(&request)?)?;
+                (request.start_sector, request.sectors) =
+                    self.stream.next_suspect(&device, request.start_sector)?;
+                Ok(request)
+            }),
+            abi::IOC_SUSPECT_CLEAR => exchange(arg, |request: abi::Dirty| {
+                let device = self.device(check_dirty(&request)?)?;
+                self.stream
+                    .clear_suspect(&device, request.start_sector, request.sectors)?;
+                Ok(request)
+            }),
+            abi::IOC_SUSPECT_SET => exchange(arg, |request: abi::Dirty| {
+                let device = self.device(check_dirty(&request)?)?;
+                self.stream
+                    .set_suspect(&device, request.start_sector, request.sectors)?;
+                Ok(request)
+            }),
             abi::IOC_KICK => {
                 self.stream.kick()?;
                 Ok(0)

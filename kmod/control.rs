@@ -7,12 +7,13 @@ use crate::{
     consumer::{device_status, exchange},
     device,
     ffi::{gendisk::require_admin, global::with_registry},
-    stream::Stream,
+    stream::{IntentWish, Stream},
 };
 use kernel::{
     fs::File,
     miscdevice::{MiscDevice, MiscDeviceOptions, MiscDeviceRegistration},
     prelude::*,
+    sync::Arc,
 };
 
 /// How the device is registered.
@@ -45,6 +46,10 @@ impl MiscDevice for ControlFile {
             abi::IOC_DEVICE_STATUS => exchange(arg, |request: abi::DeviceStatus| {
                 device_status(request.number, |_| true)
             }),
+            abi::IOC_INTENT_STATUS => exchange(arg, |request: abi::IntentStatus| {
+                let stream = find_stream(request.stream_id)?;
+                Ok(stream.intent_status())
+            }),
             _ => {
                 require_admin()?;
                 change(cmd, arg)
@@ -60,12 +65,13 @@ fn change(cmd: u32, arg: usize) -> Result<isize> {
         abi::IOC_STREAM_DESTROY => exchange(arg, destroy_stream),
         abi::IOC_STREAM_SET => exchange(arg, |request: abi::StreamSet| {
             zero(request.reserved)?;
-            with_registry(|registry| {
-                let stream = registry.stream(request.stream_id).ok_or(ENOENT)?;
-                stream.set_policy(request.policy)
-            })?;
+            if request.reserved0 != 0 {
+                return Err(EINVAL);
+            }
+            find_stream(request.stream_id)?.set_policy(&request)?;
             Ok(request)
         }),
+        abi::IOC_STREAM_INTENT => exchange(arg, set_intents),
         abi::IOC_ATTACH => exchange(arg, |mut request: abi::Attach| {
             let (number, id) = device::attach(&request)?;
             request.number = i32::try_from(number)?;
@@ -99,7 +105,11 @@ fn features(request: abi::Features) -> Result<abi::Features> {
     Ok(abi::Features {
         abi_version: abi::ABI_VERSION,
         reserved0: 0,
-        features: abi::FEATURE_TRACK | abi::FEATURE_BLOCK | abi::FEATURE_SYNC,
+        features: abi::FEATURE_TRACK
+            | abi::FEATURE_BLOCK
+            | abi::FEATURE_SYNC
+            | abi::FEATURE_INTENT
+            | abi::FEATURE_THROTTLE,
         record_bytes_max: abi::RECORD_BYTES_MAX,
         auto_first: with_registry(|registry| registry.auto_first()),
         reserved: [0; 5],
@@ -143,8 +153,33 @@ fn destroy_stream(request: abi::StreamDestroy) -> Result<abi::StreamDestroy> {
     let entry = with_registry(|registry| {
         registry.remove_stream(request.stream_id, |stream| stream.check_destroy(discard))
     })?;
-    // Outside the lock: the node goes, then maybe a lot of memory.
+    // Outside the lock: the intent file, the node, then maybe a lot of memory.
+    entry.stream.close_intents();
     drop(entry);
+    Ok(request)
+}
+
+fn find_stream(id: u32) -> Result<Arc<Stream>> {
+    with_registry(|registry| Ok(registry.stream(id).ok_or(ENOENT)?.clone()))
+}
+
+fn set_intents(mut request: abi::StreamIntent) -> Result<abi::StreamIntent> {
+    zero(request.reserved)?;
+    if request.flags & !abi::INTENT_FORMAT != 0 || request.reserved0 != 0 {
+        return Err(EINVAL);
+    }
+    let stream = find_stream(request.stream_id)?;
+    let mut devices = KVec::new();
+    with_registry(|registry| registry.devices_of(&stream, &mut devices))?;
+    let wish = IntentWish {
+        fd: request.fd,
+        format: request.flags & abi::INTENT_FORMAT != 0,
+        region_bytes: request.region_bytes,
+        hot_max: request.hot_max,
+        idle_ms: request.idle_ms,
+        source: request.source,
+    };
+    request.found = stream.set_intents(&wish, &devices)?;
     Ok(request)
 }
 

@@ -84,6 +84,9 @@ pub(crate) struct Device {
     backing_dev: u64,
     backing_name: [u8; abi::NAME_BYTES],
     label: [u8; abi::NAME_BYTES],
+    identity: [u8; 16],
+    /// `FOUND_*`: what the intent file knew of it.
+    intent_found: u32,
     /// First sector on the backing device.
     start: u64,
     limit_bytes: AtomicU64,
@@ -142,6 +145,21 @@ impl Device {
     #[inline]
     pub(crate) fn stream(&self) -> &Stream {
         &self.stream
+    }
+
+    /// The same, for who keeps it.
+    pub(crate) fn stream_ref(&self) -> &Arc<Stream> {
+        &self.stream
+    }
+
+    /// Name of its volume on the target.
+    pub(crate) fn label(&self) -> &[u8; abi::NAME_BYTES] {
+        &self.label
+    }
+
+    /// Which disk it is; see [`abi::Attach`].
+    pub(crate) fn identity(&self) -> &[u8; 16] {
+        &self.identity
     }
 
     /// The backing device.
@@ -235,6 +253,7 @@ impl Device {
             .with_map(self, |map| (map.count(), map.shift()))
             .unwrap_or((0, 0));
         let (reads, read_sectors) = entry.disk.reads();
+        let (regions_marked, regions_suspect) = self.stream.regions(self);
         abi::DeviceStatus {
             number: self.number as i32,
             flags,
@@ -267,7 +286,11 @@ impl Device {
             gate_waits: get(&counters.gate_waits),
             nowait_retries: get(&counters.nowait_retries),
             bypass_sectors: bypass,
-            reserved: [0; 8],
+            intent_found: self.intent_found,
+            reserved0: 0,
+            regions_marked,
+            regions_suspect,
+            reserved: [0; 5],
         }
     }
 
@@ -379,7 +402,7 @@ impl Drop for Number {
 /// Attaches a device; see [`abi::Attach`]. Gives loop number and device id.
 pub(crate) fn attach(request: &abi::Attach) -> Result<(u32, u32)> {
     let known = abi::ATTACH_FD | abi::ATTACH_READ_ONLY | abi::ATTACH_PARTSCAN;
-    if request.flags & !known != 0 || request.reserved0 != 0 || request.reserved != [0; 4] {
+    if request.flags & !known != 0 || request.reserved0 != 0 || request.reserved != [0; 2] {
         return Err(EINVAL);
     }
     check_name(&request.label, 0)?;
@@ -442,6 +465,7 @@ fn build(
     let lane_guard = kernel::types::ScopeGuard::new_with_data(stream.clone(), |stream| {
         stream.leave(lane);
     });
+    let intent_found = stream.join_intents(lane, &request.label, &request.identity, sectors)?;
     let device = Arc::pin_init(
         try_pin_init!(Device {
             number,
@@ -454,6 +478,8 @@ fn build(
             events,
             backing_name,
             label: request.label,
+            identity: request.identity,
+            intent_found,
             start,
             limit_bytes: AtomicU64::new(request.limit_bytes),
             sectors: AtomicU64::new(sectors),
@@ -562,6 +588,10 @@ fn resize_if(number: u32, limit_bytes: u64, wanted: impl FnOnce(&Device) -> bool
         }
         let map = new_map(sectors)?;
         let gate = device.stream.close_gate(device)?;
+        if let Err(e) = device.stream.resize_intents(device.lane, sectors) {
+            device.stream.open_gate(gate);
+            return Err(e);
+        }
         device.stream.replace_map(device, map);
         device.sectors.store(sectors, Ordering::Relaxed);
         device.limit_bytes.store(limit_bytes, Ordering::Relaxed);

@@ -171,6 +171,21 @@ impl<S: Deref<Target = [AtomicU64]>> DirtyMap<S> {
         cleared
     }
 
+    /// Whether any block that the range touches is dirty. One step per 64 blocks.
+    pub(crate) fn any(&self, start: u64, sectors: u64) -> bool {
+        let end = start.saturating_add(sectors).min(self.sectors);
+        if start >= end {
+            return false;
+        }
+        let mut found = false;
+        self.each_word(
+            self.block_of(start),
+            blocks_for(end, self.shift),
+            |word, mask| found |= word.load(Relaxed) & mask != 0,
+        );
+        found
+    }
+
     /// The next dirty extent: its first block holds `from` or lies behind it, and it is not longer than
     /// `max_sectors`, but at least one block. Looks at no more than `max_words + 1` words, so that the
     /// caller can breathe between calls; a map of 16 TiB has 4 Mi of them.

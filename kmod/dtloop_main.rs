@@ -16,6 +16,9 @@ mod dirty;
 mod ffi;
 #[allow(dead_code, reason = "the host tests ask more of it than the module")]
 mod gate;
+mod intent;
+mod intent_layout;
+mod intent_store;
 mod registry;
 #[allow(dead_code, reason = "the host tests ask more of it than the module")]
 mod ring;
@@ -44,7 +47,7 @@ struct Dtloop {
     #[pin]
     _control: MiscDeviceRegistration<control::ControlFile>,
     _tables: registry::InUse,
-    _work: ffi::work::WorkQueue,
+    _work: ffi::work::WorkQueues,
 }
 
 impl kernel::InPlaceModule for Dtloop {
@@ -52,7 +55,7 @@ impl kernel::InPlaceModule for Dtloop {
         try_pin_init!(Self {
             _work: {
                 ffi::global::init();
-                ffi::work::WorkQueue::new()?
+                ffi::work::WorkQueues::new()?
             },
             _tables: registry::start(*module_parameters::auto_first.value_ref())?,
             _control <- MiscDeviceRegistration::register(control::options()),

@@ -11,6 +11,7 @@ pub(crate) mod block_device;
 pub(crate) mod char_device;
 pub(crate) mod gendisk;
 pub(crate) mod global;
+pub(crate) mod intent_file;
 pub(crate) mod module_ref;
 pub(crate) mod pages;
 mod shim;

@@ -224,6 +224,16 @@ impl Registry {
             .min_by_key(|entry| entry.device.number())
     }
 
+    /// Adds the devices of a stream to `devices`.
+    pub(crate) fn devices_of(&self, stream: &Stream, devices: &mut KVec<Arc<Device>>) -> Result {
+        for entry in self.devices.iter() {
+            if core::ptr::eq(entry.device.stream(), stream) {
+                devices.push(entry.device.clone(), GFP_KERNEL)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes a device out of the table if `may` agrees; its number stays set aside until
     /// [`Registry::release_number`].
     pub(crate) fn remove_device(

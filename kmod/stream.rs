@@ -12,6 +12,8 @@
 //! steps: a search in the gate, arithmetic in the ring, at most 16 Ki words of a dirty map (the
 //! largest discard of 4 GiB). No other lock is taken while it is held.
 
+mod intents;
+
 use crate::{
     abi,
     change::InFlight,
@@ -26,13 +28,17 @@ use crate::{
         wait::{Sleep, WaitQueue, Woken},
     },
     gate::{Gate, Node, Refused, SlotId, Ticket},
+    intent_store::Map,
     ring::{Meta, NoRoom, Ring, Shared},
 };
 use core::sync::atomic::{AtomicU64, Ordering};
+pub(crate) use intents::IntentWish;
+use intents::Intents;
 use kernel::{
-    new_poll_condvar, new_spinlock_irq,
+    impl_has_work, new_mutex, new_poll_condvar, new_spinlock_irq, new_work,
     prelude::*,
-    sync::{poll::PollCondVar, Arc, SpinLockIrq},
+    sync::{poll::PollCondVar, Arc, Mutex, SpinLockIrq},
+    workqueue::Work,
 };
 
 /// Changes in flight of one stream at a time; more wait. Twice what a busy NVMe queue pair holds.
@@ -78,8 +84,17 @@ pub(crate) struct State {
     gate: Gate<KVVec<Node>>,
     /// Dirty maps by lane.
     lanes: KVVec<Option<Arc<DirtyMap<DirtyWords>>>>,
+    /// Write-intent maps by lane, with the device's slot in the file.
+    maps: KVVec<Option<(u32, KBox<Map>)>>,
+    /// Changes wait until their regions are marked.
+    intent_on: bool,
+    /// The file could not be written.
+    intent_failed: bool,
+    /// What the store last told.
+    intent_status: abi::IntentStatus,
     epoch: u64,
     policy: u32,
+    throttle: Throttle,
     /// A consumer has the stream open.
     consumer: bool,
     /// It wrote a `released` that can not be.
@@ -88,6 +103,55 @@ pub(crate) struct State {
     next_device: u32,
     room_waiters: u32,
     counters: Counters,
+}
+
+/// When and how much [`abi::POLICY_THROTTLE`] delays changes.
+#[derive(Clone, Copy)]
+struct Throttle {
+    /// In percent of the ring.
+    start: u32,
+    stop: u32,
+    delay_ms: u32,
+    /// It has begun and not ended.
+    active: bool,
+}
+
+impl Throttle {
+    const DEFAULT: Self = Self {
+        start: abi::THROTTLE_START_DEFAULT,
+        stop: abi::THROTTLE_STOP_DEFAULT,
+        delay_ms: abi::THROTTLE_DELAY_MS_DEFAULT,
+        active: false,
+    };
+
+    /// Checks what was asked for.
+    fn new(start: u32, stop: u32, delay_ms: u32) -> Result<Self> {
+        let or = |value, default| if value == 0 { default } else { value };
+        let start = or(start, abi::THROTTLE_START_DEFAULT);
+        let stop = or(stop, abi::THROTTLE_STOP_DEFAULT.min(start / 2));
+        let delay_ms = or(delay_ms, abi::THROTTLE_DELAY_MS_DEFAULT);
+        if start > 100 || stop >= start || delay_ms > abi::THROTTLE_DELAY_MS_MAX {
+            return Err(EINVAL);
+        }
+        Ok(Self {
+            start,
+            stop,
+            delay_ms,
+            active: false,
+        })
+    }
+
+    /// The delay of a change in milliseconds when `fill` percent of the ring are in use: it begins at the start level,
+    /// ends below the stop level, and grows in between from nothing to its largest at a full ring. `None`: no delay.
+    fn delay(&mut self, fill: u32) -> Option<u32> {
+        self.active = fill >= self.start || (self.active && fill >= self.stop);
+        let above = fill.saturating_sub(self.stop);
+        let range = 100_u32.saturating_sub(self.stop).max(1);
+        let delay = u64::from(self.delay_ms).wrapping_mul(u64::from(above));
+        let delay = delay.checked_div(u64::from(range)).unwrap_or(0);
+        // At least a millisecond: less is no delay for a sleep.
+        self.active.then(|| (delay as u32).clamp(1, self.delay_ms))
+    }
 }
 
 /// Counted under the lock.
@@ -99,8 +163,15 @@ struct Counters {
     room_waits: u64,
     room_wait_ns: u64,
     room_wait_ns_max: u64,
+    throttles: u64,
+    throttle_ns: u64,
+    throttle_ns_max: u64,
     wakeups: u64,
     bad_releases: u64,
+    intent_wait_ns: u64,
+    intent_wait_ns_max: u64,
+    intent_rounds: u64,
+    intent_cleared: u64,
 }
 
 /// A place in the stream.
@@ -174,6 +245,10 @@ fn store(pages: &Pages, at: usize, value: u64) {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Obstacle {
     Gate,
+    /// A region that is not marked.
+    Intent,
+    /// The ring fills: so many milliseconds.
+    Delay(u32),
     /// With what was released when there was no room.
     Room {
         released: u64,
@@ -227,6 +302,13 @@ pub(crate) struct Stream {
     gate_wait: WaitQueue,
     #[pin]
     room_wait: WaitQueue,
+    /// Changes whose regions are being marked.
+    #[pin]
+    intent_wait: WaitQueue,
+    #[pin]
+    intents: Mutex<Option<Intents>>,
+    #[pin]
+    intent_work: Work<Stream>,
     #[pin]
     readable: PollCondVar,
     /// For changes that were not admitted yet: what they hold may wait at the gate.
@@ -242,6 +324,10 @@ pub(crate) struct Stream {
     syncs: BioSet<InFlight>,
     // Last: while anything of the stream exists, so does the module.
     _module: ModuleRef,
+}
+
+impl_has_work! {
+    impl HasWork<Stream> for Stream { self.intent_work }
 }
 
 impl Stream {
@@ -283,8 +369,13 @@ impl Stream {
             ring,
             gate,
             lanes: filled(LANES_MAX as usize, || None)?,
+            maps: filled(LANES_MAX as usize, || None)?,
+            intent_on: false,
+            intent_failed: false,
+            intent_status: abi::IntentStatus::default(),
             epoch: 1,
             policy: create.policy,
+            throttle: Throttle::DEFAULT,
             consumer: false,
             bad_consumer: false,
             next_flush: 0,
@@ -314,6 +405,9 @@ impl Stream {
                 state <- new_spinlock_irq!(state, "dtloop_stream"),
                 gate_wait <- WaitQueue::new(c"dtloop_gate", kernel::static_lock_class!()),
                 room_wait <- WaitQueue::new(c"dtloop_room", kernel::static_lock_class!()),
+                intent_wait <- WaitQueue::new(c"dtloop_intent", kernel::static_lock_class!()),
+                intents <- new_mutex!(None, "dtloop_intents"),
+                intent_work <- new_work!("dtloop_intent_work"),
                 readable <- new_poll_condvar!("dtloop_readable"),
                 bios <- BioSet::new(),
                 clones <- BioSet::new(),
@@ -434,18 +528,70 @@ impl Stream {
         let obstacle = {
             let mut state = self.state.lock();
             let range = range_of(&mut state, device, request);
-            match self.try_admit(&mut state, device, request, range, None, true) {
-                Ok(admitted) => return Ok(admitted),
-                Err(obstacle) => obstacle,
+            let delay = if state.policy == abi::POLICY_THROTTLE {
+                self.delay(&mut state)
+            } else {
+                None
+            };
+            match delay {
+                Some(ms) => Obstacle::Delay(ms),
+                None => match self.try_admit(&mut state, device, request, range, None, true) {
+                    Ok(admitted) => return Ok(admitted),
+                    Err(obstacle) => obstacle,
+                },
             }
         };
         if device.is_failing() {
             return Err(EIO);
         }
         if request.nowait {
+            if obstacle == Obstacle::Intent {
+                // When it comes again, it need not wait long.
+                self.ask_for_mark(device, request.start, request.sectors, true);
+            }
             return Err(EAGAIN);
         }
         self.admit_slowly(device, request, obstacle)
+    }
+
+    /// How long a change is to be delayed now, in milliseconds.
+    #[cold]
+    fn delay(&self, state: &mut State) -> Option<u32> {
+        if !state.consumer || state.bad_consumer {
+            return None;
+        }
+        self.take_up_releases(state);
+        let part = |used: u64, of: u64| used.saturating_mul(100).checked_div(of).unwrap_or(0);
+        let records = state.ring.next_seq().wrapping_sub(state.ring.released());
+        let fill = part(state.ring.used_bytes(), self.payload_bytes)
+            .max(part(records, u64::from(self.desc_count)));
+        state.throttle.delay(fill.min(100) as u32)
+    }
+
+    /// Delays a change: what is left of it is spared when the ring has drained meanwhile.
+    fn sleep_off(&self, device: &Device, delay_ms: u32) {
+        let since = time::monotonic_ns();
+        let until = since.saturating_add(u64::from(delay_ms) * 1_000_000);
+        loop {
+            let left = until.saturating_sub(time::monotonic_ns()) / 1_000_000;
+            let step = (left as u32).min(ROOM_RECHECK_MS);
+            if step == 0 {
+                break;
+            }
+            let woken = self.room_wait.wait(Sleep::Killable, step, || {
+                let mut state = self.state.lock();
+                let over = device.is_failing() || self.delay(&mut state).is_none();
+                over.then_some(())
+            });
+            if woken != Woken::TimedOut {
+                break;
+            }
+        }
+        let waited = time::monotonic_ns().saturating_sub(since);
+        let counters = &mut self.state.lock().counters;
+        counters.throttles = counters.throttles.wrapping_add(1);
+        counters.throttle_ns = counters.throttle_ns.saturating_add(waited);
+        counters.throttle_ns_max = counters.throttle_ns_max.max(waited);
     }
 
     #[inline]
@@ -458,6 +604,14 @@ impl Stream {
         ticket: Option<&Ticket>,
         may_wait: bool,
     ) -> Result<Admitted, Obstacle> {
+        if state.intent_on && request.sectors != 0 {
+            // Under the lock under which marks are cleared: whoever is in from here on is seen there.
+            if let Some(Some((_, map))) = state.maps.get_mut(device.lane() as usize) {
+                if !map.touch(request.start, request.sectors) {
+                    return Err(Obstacle::Intent);
+                }
+            }
+        }
         let entered = match ticket {
             None => state.gate.try_enter(range.start, range.end),
             Some(ticket) => state.gate.try_enter_queued(ticket),
@@ -592,6 +746,18 @@ impl Stream {
         let mut room_since = None;
         let admitted = loop {
             let outcome = match obstacle {
+                Obstacle::Delay(ms) => {
+                    self.sleep_off(device, ms);
+                    let mut state = self.state.lock();
+                    self.try_admit(&mut state, device, request, range, None, may_wait)
+                        .map_err(Some)
+                }
+                Obstacle::Intent => {
+                    self.wait_for_mark(device, request.start, request.sectors);
+                    let mut state = self.state.lock();
+                    self.try_admit(&mut state, device, request, range, None, may_wait)
+                        .map_err(Some)
+                }
                 Obstacle::Gate => {
                     device.counters().gate_waits.fetch_add(1, Ordering::Relaxed);
                     self.wait_at_gate(device, range, Sleep::Uninterruptible, |state, ticket| {
@@ -653,6 +819,8 @@ impl Stream {
                     ticket = None;
                     Some(Err(Some(room)))
                 }
+                // The ticket is given back below.
+                Err(other @ (Obstacle::Intent | Obstacle::Delay(_))) => Some(Err(Some(other))),
                 Err(Obstacle::Gate) => None,
             }
         };
@@ -773,6 +941,10 @@ impl Stream {
                         map.clear_covered(done.start, done.sectors);
                     }
                 }
+                // What a SYNC record holds is not on the target before that record is.
+                if let Some(Some((_, map))) = state.maps.get_mut(done.device.lane() as usize) {
+                    map.note(done.start, done.sectors);
+                }
             }
             if done.closes_epoch && done.errno == 0 {
                 state.epoch = state.epoch.wrapping_add(1);
@@ -837,6 +1009,7 @@ impl Stream {
     pub(crate) fn wake_everybody(&self) {
         self.gate_wait.wake_all();
         self.room_wait.wake_all();
+        self.intent_wait.wake_all();
         self.readable.notify_all();
     }
 
@@ -858,6 +1031,7 @@ impl Stream {
 
     /// Frees a lane; nothing of its device is in flight.
     pub(crate) fn leave(&self, lane: u32) {
+        self.leave_intents(lane);
         let map = {
             let mut state = self.state.lock();
             state.lanes.get_mut(lane as usize).and_then(Option::take)
@@ -996,9 +1170,18 @@ impl Stream {
     }
 
     /// Sets the full-ring policy.
-    pub(crate) fn set_policy(&self, policy: u32) -> Result {
-        check_policy(policy)?;
-        self.state.lock().policy = policy;
+    pub(crate) fn set_policy(&self, request: &abi::StreamSet) -> Result {
+        check_policy(request.policy)?;
+        let throttle = Throttle::new(
+            request.throttle_start,
+            request.throttle_stop,
+            request.throttle_delay_ms,
+        )?;
+        {
+            let mut state = self.state.lock();
+            state.policy = request.policy;
+            state.throttle = throttle;
+        }
         self.room_wait.wake_all();
         Ok(())
     }
@@ -1032,6 +1215,9 @@ impl Stream {
         if state.bad_consumer {
             flags |= abi::STREAM_BAD_CONSUMER;
         }
+        if state.policy == abi::POLICY_THROTTLE && self.delay(&mut state).is_some() {
+            flags |= abi::STREAM_THROTTLING;
+        }
         let head_bytes = self.head.bytes() as u64;
         let devices = state.lanes.iter().filter(|lane| lane.is_some()).count();
         let counters = &state.counters;
@@ -1062,8 +1248,13 @@ impl Stream {
             wakeups: counters.wakeups,
             bad_releases: counters.bad_releases,
             devices: devices as u32,
-            reserved0: 0,
-            reserved: [0; 8],
+            throttle_start: state.throttle.start,
+            throttle_stop: state.throttle.stop,
+            throttle_delay_ms: state.throttle.delay_ms,
+            throttles: counters.throttles,
+            throttle_ns: counters.throttle_ns,
+            throttle_ns_max: counters.throttle_ns_max,
+            reserved: [0; 4],
         }
     }
 
@@ -1123,7 +1314,7 @@ fn device_range(device: &Device, start: u64, sectors: u64) -> GateRange {
 /// `EINVAL` for a policy that does not exist.
 fn check_policy(policy: u32) -> Result {
     match policy {
-        abi::POLICY_TRACK | abi::POLICY_BLOCK => Ok(()),
+        abi::POLICY_TRACK | abi::POLICY_BLOCK | abi::POLICY_THROTTLE => Ok(()),
         _ => Err(EINVAL),
     }
 }

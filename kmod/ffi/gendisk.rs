@@ -78,6 +78,16 @@ pub(crate) struct DiskOptions<'a> {
     pub(crate) partscan: bool,
 }
 
+/// Whether a block device belongs to a disk of this module.
+///
+/// # Safety
+///
+/// `bdev` is valid.
+pub(super) unsafe fn is_ours(bdev: *mut bindings::block_device) -> bool {
+    // SAFETY: A block device has a disk, and a disk has operations.
+    unsafe { (*(*(*bdev).bd_disk).fops).owner == this_module() }
+}
+
 /// Proof that a disk was deleted while nobody had it open: no I/O is under way or can come.
 pub(crate) struct Quiesced(());
 

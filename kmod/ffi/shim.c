@@ -6,6 +6,9 @@
 
 #include <linux/bio.h>
 #include <linux/blkdev.h>
+#include <linux/crc32.h>
+#include <linux/file.h>
+#include <linux/fs.h>
 #include <linux/loop.h>
 #include <linux/major.h>
 #include <linux/mm.h>
@@ -193,4 +196,69 @@ size_t dtloop_available_pages(void)
 dev_t dtloop_mkdev(unsigned int major, unsigned int minor)
 {
 	return MKDEV(major, minor);
+}
+
+/* Whether @file is a regular file that was opened for writing. */
+bool dtloop_file_writable(struct file *file)
+{
+	return S_ISREG(file_inode(file)->i_mode) && (file->f_mode & FMODE_WRITE);
+}
+
+/* The block device under the file system of @file, or NULL. */
+struct block_device *dtloop_file_device(struct file *file)
+{
+	return file_inode(file)->i_sb->s_bdev;
+}
+
+u64 dtloop_file_bytes(struct file *file)
+{
+	return i_size_read(file_inode(file));
+}
+
+u32 dtloop_file_block_bytes(struct file *file)
+{
+	return i_blocksize(file_inode(file));
+}
+
+int dtloop_file_bmap(struct file *file, u64 *block)
+{
+	sector_t sector = *block;
+	int ret = bmap(file_inode(file), &sector);
+
+	*block = sector;
+	return ret;
+}
+
+/* Marks the inode as swapon() does, which keeps everybody from changing where its blocks lie. */
+int dtloop_file_claim(struct file *file)
+{
+	struct inode *inode = file_inode(file);
+	int ret = 0;
+
+	inode_lock(inode);
+	if (inode->i_flags & S_SWAPFILE)
+		ret = -ETXTBSY;
+	else
+		inode->i_flags |= S_SWAPFILE;
+	inode_unlock(inode);
+	return ret;
+}
+
+void dtloop_file_unclaim(struct file *file)
+{
+	struct inode *inode = file_inode(file);
+
+	inode_lock(inode);
+	inode->i_flags &= ~S_SWAPFILE;
+	inode_unlock(inode);
+}
+
+void dtloop_file_get(struct file *file)
+{
+	get_file(file);
+}
+
+u32 dtloop_crc32(const void *data, size_t bytes)
+{
+	return ~crc32_le(~0U, data, bytes);
 }

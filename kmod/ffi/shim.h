@@ -51,5 +51,14 @@ int dtloop_bdev_name(struct block_device *bdev, char *name, size_t bytes);
 struct page *dtloop_virt_to_page(const void *address);
 size_t dtloop_available_pages(void);
 dev_t dtloop_mkdev(unsigned int major, unsigned int minor);
+bool dtloop_file_writable(struct file *file);
+struct block_device *dtloop_file_device(struct file *file);
+u64 dtloop_file_bytes(struct file *file);
+u32 dtloop_file_block_bytes(struct file *file);
+int dtloop_file_bmap(struct file *file, u64 *block);
+int dtloop_file_claim(struct file *file);
+void dtloop_file_unclaim(struct file *file);
+void dtloop_file_get(struct file *file);
+u32 dtloop_crc32(const void *data, size_t bytes);
 
 #endif

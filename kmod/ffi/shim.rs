@@ -61,4 +61,13 @@ extern "C" {
     pub(super) fn dtloop_virt_to_page(address: *const c_void) -> *mut bindings::page;
     pub(super) fn dtloop_available_pages() -> usize;
     pub(super) fn dtloop_mkdev(major: c_uint, minor: c_uint) -> bindings::dev_t;
+    pub(super) fn dtloop_file_writable(file: *mut bindings::file) -> bool;
+    pub(super) fn dtloop_file_device(file: *mut bindings::file) -> *mut bindings::block_device;
+    pub(super) fn dtloop_file_bytes(file: *mut bindings::file) -> u64;
+    pub(super) fn dtloop_file_block_bytes(file: *mut bindings::file) -> u32;
+    pub(super) fn dtloop_file_bmap(file: *mut bindings::file, block: *mut u64) -> c_int;
+    pub(super) fn dtloop_file_claim(file: *mut bindings::file) -> c_int;
+    pub(super) fn dtloop_file_unclaim(file: *mut bindings::file);
+    pub(super) fn dtloop_file_get(file: *mut bindings::file);
+    pub(super) fn dtloop_crc32(data: *const u8, bytes: usize) -> u32;
 }

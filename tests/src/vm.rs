@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,6 +23,29 @@ use crate::qemu::{self, Config, Kernel, Places};
 use crate::qmp::Qmp;
 use crate::story::{note, run_dir};
 use crate::wait::{patience, wait_until};
+
+/// How often a machine is started whose emulator fails one of its own assertions while the machine boots. With several
+/// processors it does now and then, when the guest moves the memory of its devices (`iotlb_to_section`).
+const BOOT_ATTEMPTS: u32 = 3;
+
+/// The signal of a failed assertion.
+const SIGABRT: i32 = 6;
+
+/// Why a machine did not boot.
+struct Failure {
+    error: anyhow::Error,
+    /// The emulator has ended by a failed assertion of its own.
+    aborted: bool,
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self {
+            error: error.into(),
+            aborted: false,
+        }
+    }
+}
 
 /// Describes a machine before it is started.
 #[derive(Clone, Debug)]
@@ -204,6 +228,22 @@ impl Vm {
         if self.running.is_some() {
             bail!("{} is on already", self.config.name);
         }
+        for attempt in 1.. {
+            match self.boot() {
+                Ok(running) => {
+                    self.running = Some(running);
+                    break;
+                }
+                Err(Failure { aborted: true, .. }) if attempt < BOOT_ATTEMPTS => {
+                    note(format!("{}: QEMU crashed; once more", self.config.name));
+                }
+                Err(failure) => return Err(failure.error),
+            }
+        }
+        Ok(())
+    }
+
+    fn boot(&self) -> Result<Running, Failure> {
         let since = Instant::now();
         let (process, qmp, channel) = self.launch()?;
         let mut running = Running {
@@ -213,26 +253,32 @@ impl Vm {
             release: String::new(),
             since,
         };
-        let greeting = running.channel.wait_hello(patience(60));
-        running.release = match greeting {
-            Ok(release) => release,
+        match running.channel.wait_hello(patience(60)) {
+            Ok(release) => running.release = release,
             Err(error) => {
+                // What it ended by, if it ends by itself.
+                let mut status = None;
+                let _ = wait_until("QEMU's end", Duration::from_secs(3), || {
+                    status = running.process.try_wait()?;
+                    Ok(status.is_some())
+                });
                 running.stop();
                 let tail = last_lines(&self.console_text(), 40);
-                return Err(error.context(format!(
+                let error = error.context(format!(
                     "{} does not boot; its console:\n{tail}",
                     self.config.name
-                )));
+                ));
+                let aborted = status.and_then(|status| status.signal()) == Some(SIGABRT);
+                return Err(Failure { error, aborted });
             }
-        };
+        }
         note(format!(
             "{} is up after {:.1} s ({})",
             self.config.name,
             since.elapsed().as_secs_f64(),
             running.release
         ));
-        self.running = Some(running);
-        Ok(())
+        Ok(running)
     }
 
     fn launch(&self) -> Result<(Child, Qmp, Channel)> {

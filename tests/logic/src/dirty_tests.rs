@@ -159,6 +159,15 @@ proptest! {
     }
 
     #[test]
+    fn a_range_is_dirty_if_one_of_its_blocks_is((sectors, shift, steps) in device(), start in 0..3000_u64, length in 0..300_u64) {
+        let map = map(sectors, shift);
+        apply(&map, &steps);
+        let (mut model, end) = (Model::of(&map), start + length);
+        let expected = model.blocks().any(|(s, e, dirty)| *dirty && start.max(s) < end.min(e));
+        prop_assert_eq!(map.any(start, length), expected);
+    }
+
+    #[test]
     fn search_starts_with_the_block_that_holds_the_sector((sectors, shift, steps) in device(), from in 0..3000_u64) {
         let map = map(sectors, shift);
         apply(&map, &steps);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Tests of the kernel module's pure logic: `kmod/gate.rs`, `kmod/ring.rs` and `kmod/dirty.rs`, the very files
-//! that the kernel compiles, compiled once more for the host.
+//! Tests of the kernel module's pure logic: `kmod/gate.rs`, `kmod/ring.rs`, `kmod/dirty.rs`, `kmod/intent.rs`
+//! and `kmod/intent_layout.rs`, the very files that the kernel compiles, compiled once more for the host.
 //!
 //! - `*_tests` compare each with a model that is slow and plain, on random input (proptest). A failure prints
 //!   the shortest input it could find; `PROPTEST_CASES=100000` looks longer.
@@ -29,6 +29,10 @@ mod dirty;
     reason = "a ticket that is given up is taken away from its owner"
 )]
 mod gate;
+#[path = "../../../kmod/intent.rs"]
+mod intent;
+#[path = "../../../kmod/intent_layout.rs"]
+mod intent_layout;
 #[path = "../../../kmod/ring.rs"]
 mod ring;
 
@@ -37,5 +41,6 @@ mod loom_tools;
 mod dirty_tests;
 mod gate_loom;
 mod gate_tests;
+mod intent_tests;
 mod ring_loom;
 mod ring_tests;

@@ -4,7 +4,16 @@
 
 mod boot;
 mod command_refusals;
+mod fault_clock;
+mod fault_disks;
+mod fault_frame;
+mod fault_kills;
+mod fault_log_writes;
+mod fault_network;
+mod fault_power;
+mod fault_resync;
 mod module_faults;
+mod module_intent;
 mod module_life;
 mod module_memory;
 mod module_ops;
@@ -17,7 +26,11 @@ mod network;
 mod replication_faults;
 mod replication_files;
 mod replication_mirror;
+mod replication_recovery;
 mod replication_refusals;
 mod replication_resync;
 mod replication_rig;
 mod replication_staging;
+mod sets_database;
+mod sets_isolation;
+mod sets_order;

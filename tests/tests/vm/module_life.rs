@@ -76,8 +76,7 @@ fn what_breaks_the_rules_is_refused() -> Result<()> {
         .sh_within(patience(60), format!("dtctl hostile set {node}"))?;
     rig.attach("")?;
     assert_eq!(rig.count(LOOP, "openers")?, 0);
-    rig.vm
-        .sh(format!("modinfo dtloop | grep -q '^parm:.*auto_first'"))?;
+    rig.vm.sh("modinfo dtloop | grep -q '^parm:.*auto_first'")?;
     rig.detach()?;
     rig.finish()
 }

@@ -132,6 +132,54 @@ fn a_full_ring_makes_writers_wait_if_wanted() -> Result<()> {
 }
 
 #[test]
+fn writers_are_slowed_down_as_the_ring_fills() -> Result<()> {
+    let rig = small_ring("throttle", "throttle")?;
+    rig.vm
+        .sh("dtctl policy set throttle --start 40 --stop 20 --delay 200")?;
+    // Without a consumer nobody is slowed down: it would be of no use.
+    rig.vm.sh(write(6, 0))?;
+    assert_eq!(rig.count("set", "throttles")?, 0);
+    rig.drain_all("--resync")?;
+
+    // A consumer that is asleep: each write waits its time, and goes on when the ring is full.
+    let consumer = rig.draining("")?;
+    consumer.kill(SIGSTOP)?;
+    let tracked = rig.count("set", "gap_changes")?;
+    rig.vm.sh(write(6, 0))?;
+    let (throttles, longest) = (
+        rig.count("set", "throttles")?,
+        rig.count("set", "throttle_ns_max")? / 1_000_000,
+    );
+    // 24 writes, of which the first ones found the ring below the start level.
+    assert!((10..24).contains(&throttles), "{throttles}");
+    assert!((20..1200).contains(&longest), "{longest} ms");
+    assert!(rig.count("set", "gap_changes")? > tracked);
+    assert_eq!(rig.get("set", "throttling")?, "true");
+    // Awake, it drains below the stop level, and nobody waits any more.
+    consumer.kill(SIGCONT)?;
+    rig.wait_drained()?;
+    assert_eq!(rig.get("set", "throttling")?, "false");
+    rig.vm.sh(write(1, 0))?;
+    assert_eq!(rig.count("set", "throttles")?, throttles);
+    rig.end_drain(consumer)?;
+    rig.drain_all("--resync")?;
+    rig.same()?;
+
+    let refused = |options: &str| -> Result<()> {
+        let output = rig
+            .vm
+            .try_sh(format!("dtctl policy set throttle {options}"))?;
+        assert!(output.complaint().contains("levels"), "{options}: {output}");
+        Ok(())
+    };
+    refused("--start 101")?;
+    refused("--start 30 --stop 30")?;
+    refused("--delay 10001")?;
+    rig.detach()?;
+    rig.finish()
+}
+
+#[test]
 fn a_mirror_of_a_device_in_use_is_identical() -> Result<()> {
     let rig = Rig::with(
         Vm::builder("mirror").disk(Disk::new("source", 24)),

@@ -14,6 +14,10 @@ pub(crate) const DEV: &str = "/dev/loop101";
 /// Where the target keeps the copy.
 pub(crate) const IMAGE: &str = "/srv/vol.img";
 
+/// Commands of the daemons.
+pub(crate) const AGENT: &str = "dtagent";
+pub(crate) const TARGET: &str = "dttarget serve";
+
 /// A source and a target. Agent and target are configured but not started.
 pub(crate) struct Rig {
     source: Vm,
@@ -46,15 +50,23 @@ impl Rig {
 
     /// Two machines.
     pub(crate) fn pair(mib: u64) -> Result<Self> {
+        Self::pair_with(Disk::new("disk", mib), mib)
+    }
+
+    /// Two machines; the disk has the serial `disk`.
+    pub(crate) fn pair_with(disk: Disk, mib: u64) -> Result<Self> {
         let link = Link::new("source", "target")?;
         let [source, target] = Vm::start_all([
-            Vm::builder("source")
-                .link(&link)
-                .disk(Disk::new("disk", mib)),
+            Vm::builder("source").link(&link).disk(disk),
             Vm::builder("target").link(&link),
         ])?;
         source.wait_sh(patience(20), "ping -c1 -W1 target")?;
         Self::configure(source, Some(target), mib)
+    }
+
+    /// Machines of the story's own; the source has a disk `disk`.
+    pub(crate) fn with(source: Vm, target: Option<Vm>, mib: u64) -> Result<Self> {
+        Self::configure(source, target, mib)
     }
 
     /// Both on one machine, everything started, and the device mirrored.
@@ -79,19 +91,46 @@ impl Rig {
             target,
             disk,
         };
-        let host = if rig.target.is_some() {
-            "target"
-        } else {
-            "127.0.0.1"
-        };
-        let agent = format!(
-            "[[set]]\nname = \"default\"\ntarget = \"{host}:7788\"\ntransport = \"plaintext\"\nretry_ms_max = 300\n"
-        );
+        let agent = rig.set_config("default");
         rig.source.put("/etc/DT/dtloop.toml", agent.as_bytes())?;
         let volume =
             format!("[[volume]]\nname = \"vol\"\npath = \"{IMAGE}\"\nsize = \"{mib}MiB\"\n");
         rig.configure_target(&volume)?;
         Ok(rig)
+    }
+
+    /// How a set reaches the target: lines of the agent's configuration.
+    fn set_config(&self, set: &str) -> String {
+        let host = if self.target.is_some() {
+            "target"
+        } else {
+            "127.0.0.1"
+        };
+        format!(
+            "[[set]]\nname = \"{set}\"\ntarget = \"{host}:7788\"\ntransport = \"plaintext\"\nretry_ms_max = 300\n"
+        )
+    }
+
+    /// Adds a set to the agent's configuration.
+    pub(crate) fn add_set(&self, set: &str) -> Result<()> {
+        let config = self.set_config("default") + &self.set_config(set);
+        self.source.put("/etc/DT/dtloop.toml", config.as_bytes())
+    }
+
+    /// Configures another agent on the source, which is another source to the target, and starts it.
+    pub(crate) fn start_other_agent(&self, name: &str, set: &str) -> Result<()> {
+        let socket = format!("/run/dtloop/{name}.sock");
+        let config = format!(
+            "state_dir = \"/var/lib/dtloop/{name}\"\nsocket = \"{socket}\"\n{}",
+            self.set_config(set)
+        );
+        let path = format!("/etc/DT/{name}.toml");
+        self.source.put(&path, config.as_bytes())?;
+        start(&self.source, name, &format!("{AGENT} --config {path}"))?;
+        self.source.wait_sh(
+            patience(20),
+            &format!("dtloop --socket {socket} status --json | jq -e '.agent_error == null'"),
+        )
     }
 
     /// Gives the target other volumes.
@@ -106,8 +145,20 @@ impl Rig {
         &self.source
     }
 
+    pub(crate) fn source_mut(&mut self) -> &mut Vm {
+        &mut self.source
+    }
+
     pub(crate) fn target(&self) -> &Vm {
         self.target.as_ref().unwrap_or(&self.source)
+    }
+
+    pub(crate) fn source_mut(&mut self) -> &mut Vm {
+        &mut self.source
+    }
+
+    pub(crate) fn target_mut(&mut self) -> &mut Vm {
+        self.target.as_mut().unwrap_or(&mut self.source)
     }
 
     // Devices.
@@ -120,10 +171,20 @@ impl Rig {
             .map(drop)
     }
 
+    /// Attaches another disk, by its serial.
+    pub(crate) fn attach_other(&self, serial: &str, number: u32, options: &str) -> Result<()> {
+        let disk = self.source.device(serial)?;
+        self.source
+            .sh(format!(
+                "modprobe dtloop; dtloop attach {disk} --loop {number} {options}; udevadm settle"
+            ))
+            .map(drop)
+    }
+
     // Daemons.
 
     pub(crate) fn start_agent(&self) -> Result<()> {
-        start(&self.source, "dtagent", "dtagent")?;
+        start(&self.source, "dtagent", AGENT)?;
         self.source.wait_sh(
             patience(20),
             "dtloop status --json | jq -e '.agent_error == null'",
@@ -131,7 +192,7 @@ impl Rig {
     }
 
     pub(crate) fn start_target(&self) -> Result<()> {
-        start(self.target(), "dttarget", "dttarget serve")?;
+        start(self.target(), "dttarget", TARGET)?;
         self.target().wait_sh(
             patience(20),
             "(exec 3<>/dev/tcp/127.0.0.1/7788) 2>/dev/null",
@@ -307,10 +368,19 @@ impl Rig {
 
     /// Takes everything down; nothing may be left.
     pub(crate) fn finish(self) -> Result<()> {
+        self.finish_with_sets(&[])
+    }
+
+    /// The same with further sets, whose devices are detached.
+    pub(crate) fn finish_with_sets(self, sets: &[&str]) -> Result<()> {
         self.source.sh("udevadm settle; dtloop detach 101")?;
         self.stop_agent()?;
         self.stop_target()?;
         // The set is there until its last records are shipped.
+        for set in sets {
+            self.source
+                .sh(format!("dtloop set {set} --remove --discard-records"))?;
+        }
         self.source.sh(
             "dtloop set default --remove --discard-records || dtloop status >&2; rmmod dtloop",
         )?;
@@ -326,10 +396,14 @@ impl Rig {
 }
 
 fn start(vm: &Vm, name: &str, command: &str) -> Result<()> {
-    vm.sh(format!(
+    vm.sh(start_script(name, command)).map(drop)
+}
+
+/// Starts a daemon in the background, with its log and its number where they are looked for.
+pub(crate) fn start_script(name: &str, command: &str) -> String {
+    format!(
         "setsid -f bash -c 'echo $$ >/run/{name}.pid; exec {command}' >>/var/log/{name}.log 2>&1 </dev/null"
-    ))
-    .map(drop)
+    )
 }
 
 fn end(vm: &Vm, name: &str, signal: &str) -> Result<()> {

@@ -130,6 +130,7 @@ pub fn run(set: &str, device: &Path) -> Result<()> {
         number: Some(NUMBER),
         stream_id,
         label: Name::EMPTY,
+        identity: [0; 16],
         read_only: false,
         partscan: false,
     };

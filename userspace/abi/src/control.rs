@@ -36,6 +36,17 @@ pub struct StreamRequest {
     pub policy: u32,
 }
 
+/// Levels of [`raw::POLICY_THROTTLE`]; 0: the module's default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Throttle {
+    /// Changes are delayed when this part of the ring is in use, in percent.
+    pub start_percent: u32,
+    /// And no longer when less than this is, in percent; below the start.
+    pub stop_percent: u32,
+    /// Delay of a change when the ring is full, in milliseconds; less in proportion.
+    pub delay_ms: u32,
+}
+
 /// How [`Control::attach`] is told the backing device.
 #[derive(Clone, Copy, Debug)]
 pub enum Backing<'a> {
@@ -60,6 +71,8 @@ pub struct AttachRequest<'a> {
     pub stream_id: u32,
     /// Name of the volume, or [`Name::EMPTY`].
     pub label: Name,
+    /// Which disk it is, however it is found; zero: not known.
+    pub identity: [u8; 16],
     /// Refuse writes.
     pub read_only: bool,
     /// Scan the loop device for partitions.
@@ -153,7 +166,12 @@ impl Control {
         &self.features
     }
 
-    fn call<T>(&self, operation: Operation, ioctl: &Ioctl<T>, argument: &mut T) -> Result<()> {
+    pub(crate) fn call<T>(
+        &self,
+        operation: Operation,
+        ioctl: &Ioctl<T>,
+        argument: &mut T,
+    ) -> Result<()> {
         call(self.file.as_fd(), operation, ioctl, argument)
     }
 
@@ -191,10 +209,13 @@ impl Control {
     }
 
     /// Changes what happens when a stream's ring is full.
-    pub fn set_policy(&self, stream_id: u32, policy: u32) -> Result<()> {
+    pub fn set_policy(&self, stream_id: u32, policy: u32, throttle: Throttle) -> Result<()> {
         let mut argument = raw::StreamSet {
             stream_id,
             policy,
+            throttle_start: throttle.start_percent,
+            throttle_stop: throttle.stop_percent,
+            throttle_delay_ms: throttle.delay_ms,
             ..Default::default()
         };
         self.call(Operation::StreamSet, &ioctls::STREAM_SET, &mut argument)
@@ -345,7 +366,8 @@ impl AttachRequest<'_> {
             device_id: 0,
             reserved0: 0,
             label: self.label.to_bytes(),
-            reserved: [0; 4],
+            identity: self.identity,
+            reserved: [0; 2],
         })
     }
 }
@@ -381,8 +403,13 @@ impl raw::StreamStatus {
             wakeups: 0,
             bad_releases: 0,
             devices: 0,
-            reserved0: 0,
-            reserved: [0; 8],
+            throttle_start: 0,
+            throttle_stop: 0,
+            throttle_delay_ms: 0,
+            throttles: 0,
+            throttle_ns: 0,
+            throttle_ns_max: 0,
+            reserved: [0; 4],
         }
     }
 
@@ -435,7 +462,11 @@ impl raw::DeviceStatus {
             gate_waits: 0,
             nowait_retries: 0,
             bypass_sectors: 0,
-            reserved: [0; 8],
+            intent_found: 0,
+            reserved0: 0,
+            regions_marked: 0,
+            regions_suspect: 0,
+            reserved: [0; 5],
         }
     }
 
@@ -532,6 +563,7 @@ mod tests {
             number: None,
             stream_id: 7,
             label: Name::new("vol").unwrap(),
+            identity: [9; 16],
             read_only: true,
             partscan: true,
         };
@@ -540,6 +572,7 @@ mod tests {
         assert_eq!(raw.flags, raw::ATTACH_READ_ONLY | raw::ATTACH_PARTSCAN);
         assert_eq!(raw.backing_dev, 0x0803);
         assert_eq!(&raw.label[..4], b"vol\0");
+        assert_eq!(raw.identity, [9; 16]);
         let too_high = AttachRequest {
             number: Some(1 << 20),
             ..request

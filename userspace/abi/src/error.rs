@@ -49,6 +49,18 @@ pub enum Operation {
     DirtySet,
     /// Announce room in the ring.
     Kick,
+    /// Give a stream its intent file.
+    StreamIntent,
+    /// Report the intent map.
+    IntentStatus,
+    /// Clear marks of the intent map.
+    IntentClear,
+    /// Find regions to be compared.
+    SuspectNext,
+    /// Settle regions that were compared.
+    SuspectClear,
+    /// Have marked regions compared.
+    SuspectSet,
     /// Make an unbound stock loop device.
     StockAdd,
     /// Remove an unbound stock loop device.
@@ -57,7 +69,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation, for tables and their tests.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 24] = [
         Self::Features,
         Self::StreamCreate,
         Self::StreamDestroy,
@@ -74,6 +86,12 @@ impl Operation {
         Self::DirtyNext,
         Self::DirtySet,
         Self::Kick,
+        Self::StreamIntent,
+        Self::IntentStatus,
+        Self::IntentClear,
+        Self::SuspectNext,
+        Self::SuspectClear,
+        Self::SuspectSet,
         Self::StockAdd,
         Self::StockRemove,
     ];
@@ -96,6 +114,12 @@ impl Operation {
             Self::DirtyNext => "look for dirty blocks",
             Self::DirtySet => "mark blocks dirty",
             Self::Kick => "announce room in the ring",
+            Self::StreamIntent => "use the intent file",
+            Self::IntentStatus => "read the status of the intent map",
+            Self::IntentClear => "clear marks of the intent map",
+            Self::SuspectNext => "look for regions to be compared",
+            Self::SuspectClear => "settle regions that were compared",
+            Self::SuspectSet => "have marked regions compared",
             Self::StockAdd => "make a stock loop device",
             Self::StockRemove => "remove the unbound stock loop device",
         }
@@ -117,10 +141,17 @@ impl Operation {
             (_, Errno::ENODEV) => Some("the device vanished"),
             (Self::StreamCreate, e) => Self::stream_create(e),
             (Self::StreamDestroy, e) => Self::stream_destroy(e),
-            (Self::StreamSet | Self::StreamStatus | Self::StreamOpen, Errno::ENOENT) => {
-                Some("there is no such stream; dtloop status lists them")
-            }
-            (Self::StreamSet, Errno::EINVAL) => Some("the policy is unknown to the module"),
+            (Self::StreamIntent, e) => Self::stream_intent(e),
+            (Self::Attach, Errno::ENOSPC) => Some(
+                "the intent file is too small for its marks, or the set has as many devices as the module allows (256)",
+            ),
+            (
+                Self::StreamSet | Self::StreamStatus | Self::StreamOpen | Self::IntentStatus,
+                Errno::ENOENT,
+            ) => Some("there is no such stream; dtloop status lists them"),
+            (Self::StreamSet, Errno::EINVAL) => Some(
+                "the policy is unknown to the module, or its levels are not 1 to 100 with the stop below the start",
+            ),
             (Self::StreamOpen, Errno::EBUSY) => {
                 Some("another consumer has it open; is a second agent running?")
             }
@@ -132,12 +163,19 @@ impl Operation {
                 Some("there is no such device; dtloop status lists them")
             }
             (Self::Resize, e) => Self::resize(e),
-            (Self::Sync | Self::DirtyNext | Self::DirtySet, Errno::ENXIO) => {
-                Some("the stream has no such device")
-            }
-            (Self::Sync | Self::DirtySet, Errno::ERANGE) => {
-                Some("the range lies beyond the end of the device")
-            }
+            (
+                Self::Sync
+                | Self::DirtyNext
+                | Self::DirtySet
+                | Self::SuspectNext
+                | Self::SuspectClear
+                | Self::SuspectSet,
+                Errno::ENXIO,
+            ) => Some("the stream has no such device"),
+            (
+                Self::Sync | Self::DirtySet | Self::SuspectClear | Self::SuspectSet,
+                Errno::ERANGE,
+            ) => Some("the range lies beyond the end of the device"),
             (Self::StockAdd, Errno::EEXIST) => Some("the number is taken"),
             (Self::StockRemove, Errno::EBUSY) => Some("a program has it open"),
             (Self::Sync, Errno::EAGAIN) => Some("the share of the ring for SYNC is in use"),
@@ -159,6 +197,31 @@ impl Operation {
             Errno::ENOENT => Some("there is no such stream"),
             Errno::EBUSY => Some("devices are attached to it or an agent has it open"),
             Errno::ENOTEMPTY => Some("it holds records that the agent has not released yet"),
+            _ => None,
+        }
+    }
+
+    const fn stream_intent(errno: Errno) -> Option<&'static str> {
+        match errno {
+            Errno::ENOENT => Some("there is no such stream"),
+            Errno::EBUSY => Some("the stream has one already"),
+            Errno::ETXTBSY => Some("it is in use by another set, or as a swap file"),
+            Errno::EDEADLK => Some(
+                "it lies on a loop device of this module, for whose changes it would have to be written; \
+                      choose a place on another disk",
+            ),
+            Errno::EOPNOTSUPP => Some(
+                "its file system does not tell where its blocks lie, or the file has holes; choose a place on ext4 or XFS",
+            ),
+            Errno::EINVAL => Some(
+                "it is not 64 KiB to 64 MiB long in whole blocks of 4 KiB, or the region is not a power of two from 64 KiB \
+                 to 1 GiB",
+            ),
+            Errno::ENOSPC => {
+                Some("it is too small for the marks of the devices; make a larger one")
+            }
+            Errno::EBADF => Some("it is no ordinary file that is open for writing"),
+            Errno::EIO => Some("its disk fails"),
             _ => None,
         }
     }
@@ -337,6 +400,12 @@ mod tests {
             (Sync, ENXIO),
             (Sync, ERANGE),
             (Sync, EAGAIN),
+            (StreamIntent, EBUSY),
+            (StreamIntent, ETXTBSY),
+            (StreamIntent, EDEADLK),
+            (StreamIntent, EOPNOTSUPP),
+            (StreamIntent, EINVAL),
+            (StreamIntent, ENOSPC),
         ];
         for (operation, errno) in documented {
             assert!(

@@ -52,6 +52,12 @@ pub(crate) mod ioctls {
         SYNC: IOC_SYNC raw::Sync;
         DIRTY_NEXT: IOC_DIRTY_NEXT raw::Dirty;
         DIRTY_SET: IOC_DIRTY_SET raw::Dirty;
+        STREAM_INTENT: IOC_STREAM_INTENT raw::StreamIntent;
+        INTENT_STATUS: IOC_INTENT_STATUS raw::IntentStatus;
+        INTENT_CLEAR: IOC_INTENT_CLEAR raw::IntentClear;
+        SUSPECT_NEXT: IOC_SUSPECT_NEXT raw::Dirty;
+        SUSPECT_CLEAR: IOC_SUSPECT_CLEAR raw::Dirty;
+        SUSPECT_SET: IOC_SUSPECT_SET raw::Dirty;
     }
 }
 

@@ -52,6 +52,7 @@
 mod control;
 mod error;
 mod ffi;
+mod intent;
 mod loop_control;
 mod name;
 #[expect(
@@ -66,8 +67,11 @@ mod stream;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use control::{AttachRequest, Attached, Backing, CONTROL_PATH, Control, StreamRequest};
+pub use control::{
+    AttachRequest, Attached, Backing, CONTROL_PATH, Control, StreamRequest, Throttle,
+};
 pub use error::{Error, Operation, Result};
+pub use intent::{Found, IntentRequest};
 pub use loop_control::{LOOP_CONTROL_PATH, LoopControl};
 pub use name::{Name, bytes_to_str};
 pub use ring::{Geometry, Hold, Record, Ring};

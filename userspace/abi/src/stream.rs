@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::control::{self, ascending, device_from};
-use crate::ffi::{self, ioctls};
+use crate::ffi::{self, Ioctl, ioctls};
 use crate::{Error, Operation, Result, Ring, raw};
 
 /// Where a stream's device file is.
@@ -73,6 +73,24 @@ pub trait CaptureStream: Send + std::marker::Sync {
     /// Says that records were released while somebody waits for room.
     fn kick(&self) -> Result<()>;
 
+    /// Everything about the intent map.
+    fn intent_status(&self) -> Result<raw::IntentStatus>;
+
+    /// Says that the target has every record below `acked` durably, so that marks which are no longer needed may go.
+    /// `None`: there is no intent map, or its file is being written just now.
+    fn intent_clear(&self, acked: u64) -> Result<Option<raw::IntentClear>>;
+
+    /// The first run of regions that have to be compared, at or after a sector.
+    fn suspect_next(&self, device_id: u32, start_sector: u64) -> Result<Option<Extent>>;
+
+    /// Says that the regions wholly inside a range were compared, and that the target has what the source has
+    /// wherever they differed.
+    fn suspect_clear(&self, device_id: u32, extent: Extent) -> Result<()>;
+
+    /// Says that every marked region which the range touches has to be compared, as records are lost. False: there is no
+    /// intent map.
+    fn suspect_set(&self, device_id: u32, extent: Extent) -> Result<bool>;
+
     /// Waits until the record given to [`Ring::arm_wake`] is complete: true. `None` waits without
     /// a limit. Ends early, with false, on a signal.
     fn poll(&self, timeout: Option<Duration>) -> Result<bool>;
@@ -122,6 +140,22 @@ impl Stream {
         })?;
         let ring = Ring::map(&file, &status)?;
         Ok(Self { file, ring })
+    }
+
+    fn extent_call(
+        &self,
+        operation: Operation,
+        ioctl: &Ioctl<raw::Dirty>,
+        device_id: u32,
+        extent: Extent,
+    ) -> Result<()> {
+        let mut argument = raw::Dirty {
+            device_id,
+            start_sector: extent.start_sector,
+            sectors: extent.sectors,
+            ..Default::default()
+        };
+        control::call(self.as_fd(), operation, ioctl, &mut argument)
     }
 }
 
@@ -197,18 +231,85 @@ impl CaptureStream for Stream {
     }
 
     fn dirty_set(&self, device_id: u32, extent: Extent) -> Result<()> {
-        let mut argument = raw::Dirty {
-            device_id,
-            start_sector: extent.start_sector,
-            sectors: extent.sectors,
-            ..Default::default()
-        };
+        self.extent_call(Operation::DirtySet, &ioctls::DIRTY_SET, device_id, extent)
+    }
+
+    fn intent_status(&self) -> Result<raw::IntentStatus> {
+        let mut argument = raw::IntentStatus::default();
         control::call(
             self.as_fd(),
-            Operation::DirtySet,
-            &ioctls::DIRTY_SET,
+            Operation::IntentStatus,
+            &ioctls::INTENT_STATUS,
             &mut argument,
-        )
+        )?;
+        Ok(argument)
+    }
+
+    fn intent_clear(&self, acked: u64) -> Result<Option<raw::IntentClear>> {
+        let mut argument = raw::IntentClear {
+            acked,
+            ..Default::default()
+        };
+        let result = control::call(
+            self.as_fd(),
+            Operation::IntentClear,
+            &ioctls::INTENT_CLEAR,
+            &mut argument,
+        );
+        match result {
+            Ok(()) => Ok(Some(argument)),
+            Err(error) if error.is(Errno::ENOENT) || error.is(Errno::EAGAIN) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn suspect_next(&self, device_id: u32, start_sector: u64) -> Result<Option<Extent>> {
+        let mut argument = raw::Dirty {
+            device_id,
+            start_sector,
+            ..Default::default()
+        };
+        let result = control::call(
+            self.as_fd(),
+            Operation::SuspectNext,
+            &ioctls::SUSPECT_NEXT,
+            &mut argument,
+        );
+        match result {
+            Ok(()) => Ok(Some(Extent {
+                start_sector: argument.start_sector,
+                sectors: argument.sectors,
+            })),
+            Err(error) if error.is(Errno::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn suspect_clear(&self, device_id: u32, extent: Extent) -> Result<()> {
+        let result = self.extent_call(
+            Operation::SuspectClear,
+            &ioctls::SUSPECT_CLEAR,
+            device_id,
+            extent,
+        );
+        match result {
+            // Nothing is suspect without an intent map.
+            Err(error) if error.is(Errno::ENOENT) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn suspect_set(&self, device_id: u32, extent: Extent) -> Result<bool> {
+        let result = self.extent_call(
+            Operation::SuspectSet,
+            &ioctls::SUSPECT_SET,
+            device_id,
+            extent,
+        );
+        match result {
+            Err(error) if error.is(Errno::ENOENT) => Ok(false),
+            other => other.map(|()| true),
+        }
     }
 
     fn kick(&self) -> Result<()> {

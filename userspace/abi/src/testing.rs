@@ -31,6 +31,9 @@ const WAKE_SEQ: usize = std::mem::offset_of!(raw::ConsumerPage, wake_seq);
 /// Sectors of a dirty block of the model's devices: 4 KiB.
 pub const DIRTY_BLOCK_SECTORS: u64 = 8;
 
+/// Sectors of a region of the model's intent map: 64 KiB.
+pub const REGION_SECTORS: u64 = 128;
+
 /// A stream of the model. Clones share it: keep one to make changes, give one to the agent.
 #[derive(Clone)]
 pub struct FakeStream {
@@ -61,6 +64,7 @@ struct Model {
     gap: Option<(u64, u64)>,
     gaps: u64,
     kicks: u64,
+    intent: raw::IntentStatus,
 }
 
 struct Entry {
@@ -75,6 +79,10 @@ struct Device {
     label: Name,
     content: Vec<u8>,
     dirty: BTreeSet<u64>,
+    /// Regions, marked and suspect.
+    marked: BTreeSet<u64>,
+    suspect: BTreeSet<u64>,
+    found: u32,
 }
 
 /// A record to be made.
@@ -162,6 +170,9 @@ impl FakeStream {
             label: Name::new_or_empty(label).expect("a legal label"),
             content: vec![0; bytes],
             dirty: BTreeSet::new(),
+            marked: BTreeSet::new(),
+            suspect: BTreeSet::new(),
+            found: raw::FOUND_NONE,
         };
         model.devices.insert(id, device);
         let change = Change {
@@ -186,6 +197,34 @@ impl FakeStream {
         let inner = Arc::get_mut(&mut self.inner).expect("a stream of one owner");
         inner.status.stream_uuid = uuid;
         self
+    }
+
+    /// Gives the stream an intent map as it may have been found. Marks are set by [`FakeStream::mark_regions`] only.
+    pub fn set_intent(&self, status: &raw::IntentStatus) {
+        self.model().intent = *status;
+    }
+
+    /// The intent file knew the device, and its regions that these ranges touch were marked.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such device.
+    pub fn mark_regions(&self, device: u32, extents: &[Extent]) {
+        let mut model = self.model();
+        let device = model.devices.get_mut(&device).expect("a device");
+        device.found = raw::FOUND_KNOWN;
+        for extent in extents {
+            let end = extent.start_sector + extent.sectors;
+            let regions = extent.start_sector / REGION_SECTORS..end.div_ceil(REGION_SECTORS);
+            device.marked.extend(regions.clone());
+            device.suspect.extend(regions);
+        }
+    }
+
+    /// Regions of a device that have to be compared.
+    #[must_use]
+    pub fn suspects(&self, device: u32) -> usize {
+        self.model().devices[&device].suspect.len()
     }
 
     /// Gives a device its content without a record, as it was before it joined.
@@ -518,6 +557,9 @@ impl CaptureStream for FakeStream {
             block_bytes: 512,
             dirty_block_bytes: 4096,
             dirty_blocks: device.dirty.len() as u64,
+            intent_found: device.found,
+            regions_marked: device.marked.len() as u64,
+            regions_suspect: device.suspect.len() as u64,
             ..raw::DeviceStatus::query(device.number)
         };
         Ok(self.model().devices.iter().map(status).collect())
@@ -614,6 +656,67 @@ impl CaptureStream for FakeStream {
         }
         mark(&mut model, device_id, extent.start_sector, extent.sectors);
         Ok(())
+    }
+
+    fn intent_status(&self) -> Result<raw::IntentStatus> {
+        Ok(self.model().intent)
+    }
+
+    fn intent_clear(&self, acked: u64) -> Result<Option<raw::IntentClear>> {
+        let model = self.model();
+        if acked > model.committed {
+            return Err(refused(Operation::IntentClear, Errno::EINVAL));
+        }
+        let on = model.intent.has(raw::INTENT_ON);
+        Ok(on.then(|| raw::IntentClear {
+            acked,
+            version: model.intent.version,
+            ..Default::default()
+        }))
+    }
+
+    fn suspect_next(&self, device_id: u32, start_sector: u64) -> Result<Option<Extent>> {
+        let model = self.model();
+        let Some(device) = model.devices.get(&device_id) else {
+            return Err(refused(Operation::SuspectNext, Errno::ENXIO));
+        };
+        let size = device.content.len() as u64 / raw::SECTOR_BYTES;
+        let mut suspect = device.suspect.range(start_sector / REGION_SECTORS..);
+        let first = suspect.next().map(|region| region * REGION_SECTORS);
+        Ok(first.map(|start_sector| Extent {
+            start_sector,
+            sectors: REGION_SECTORS.min(size - start_sector),
+        }))
+    }
+
+    fn suspect_clear(&self, device_id: u32, extent: Extent) -> Result<()> {
+        let mut model = self.model();
+        let Some(device) = model.devices.get_mut(&device_id) else {
+            return Err(refused(Operation::SuspectClear, Errno::ENXIO));
+        };
+        let size = device.content.len() as u64 / raw::SECTOR_BYTES;
+        let end = extent.start_sector + extent.sectors;
+        let inside = |region: &u64| {
+            let start = region * REGION_SECTORS;
+            start >= extent.start_sector && (start + REGION_SECTORS).min(size) <= end
+        };
+        device.suspect.retain(|region| !inside(region));
+        Ok(())
+    }
+
+    fn suspect_set(&self, device_id: u32, extent: Extent) -> Result<bool> {
+        let mut model = self.model();
+        let on = model.intent.has(raw::INTENT_ON);
+        let Some(device) = model.devices.get_mut(&device_id) else {
+            return Err(refused(Operation::SuspectSet, Errno::ENXIO));
+        };
+        let end = extent.start_sector + extent.sectors;
+        let touched = |region: &&u64| {
+            **region * REGION_SECTORS < end && (**region + 1) * REGION_SECTORS > extent.start_sector
+        };
+        let regions: Vec<u64> = device.marked.iter().filter(touched).copied().collect();
+        device.suspect.extend(regions);
+        Ok(on)
     }
 
     fn kick(&self) -> Result<()> {

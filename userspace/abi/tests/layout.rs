@@ -20,6 +20,12 @@ fn ioctl_numbers_are_what_they_were() {
         (raw::IOC_DETACH, 0xc040_dd06),
         (raw::IOC_RESIZE, 0xc040_dd07),
         (raw::IOC_DEVICE_STATUS, 0xc188_dd08),
+        (raw::IOC_STREAM_INTENT, 0xc080_dd09),
+        (raw::IOC_INTENT_STATUS, 0xc160_dd0a),
+        (raw::IOC_INTENT_CLEAR, 0xc040_dd24),
+        (raw::IOC_SUSPECT_NEXT, 0xc040_dd25),
+        (raw::IOC_SUSPECT_CLEAR, 0xc040_dd26),
+        (raw::IOC_SUSPECT_SET, 0xc040_dd27),
         (raw::IOC_SYNC, 0xc040_dd20),
         (raw::IOC_DIRTY_NEXT, 0xc040_dd21),
         (raw::IOC_DIRTY_SET, 0xc040_dd22),
@@ -42,6 +48,9 @@ fn sizes_are_what_they_were() {
     assert_eq!(size_of::<raw::DeviceStatus>(), 392);
     assert_eq!(size_of::<raw::Sync>(), 64);
     assert_eq!(size_of::<raw::Dirty>(), 64);
+    assert_eq!(size_of::<raw::StreamIntent>(), 128);
+    assert_eq!(size_of::<raw::IntentStatus>(), 352);
+    assert_eq!(size_of::<raw::IntentClear>(), 64);
 }
 
 #[test]
@@ -64,11 +73,19 @@ fn offsets_are_what_they_were() {
     assert_eq!(offset_of!(raw::StreamStatus, stream_uuid), 72);
     assert_eq!(offset_of!(raw::StreamStatus, next_seq), 128);
     assert_eq!(offset_of!(raw::StreamStatus, devices), 248);
+    assert_eq!(offset_of!(raw::StreamStatus, throttles), 264);
+    assert_eq!(offset_of!(raw::StreamSet, throttle_delay_ms), 16);
     assert_eq!(offset_of!(raw::Attach, number), 32);
     assert_eq!(offset_of!(raw::Attach, label), 48);
     assert_eq!(offset_of!(raw::DeviceStatus, backing_name), 32);
     assert_eq!(offset_of!(raw::DeviceStatus, dirty_blocks), 192);
     assert_eq!(offset_of!(raw::DeviceStatus, bypass_sectors), 320);
+    assert_eq!(offset_of!(raw::Attach, identity), 112);
+    assert_eq!(offset_of!(raw::DeviceStatus, intent_found), 328);
+    assert_eq!(offset_of!(raw::DeviceStatus, regions_suspect), 344);
+    assert_eq!(offset_of!(raw::StreamIntent, source), 24);
+    assert_eq!(offset_of!(raw::StreamIntent, found), 40);
+    assert_eq!(offset_of!(raw::IntentStatus, bases), 128);
     assert_eq!(offset_of!(raw::Sync, chunk_bytes), 24);
     assert_eq!(offset_of!(raw::Sync, cookie), 32);
     assert_eq!(offset_of!(raw::Dirty, sectors), 16);
@@ -121,5 +138,8 @@ fn constants_are_what_they_were() {
         (raw::STATE_RESERVED, raw::STATE_COMMITTED, raw::STATE_FAILED),
         (1, 2, 3)
     );
-    assert_eq!((raw::POLICY_TRACK, raw::POLICY_BLOCK), (0, 1));
+    assert_eq!(
+        (raw::POLICY_TRACK, raw::POLICY_BLOCK, raw::POLICY_THROTTLE),
+        (0, 1, 2)
+    );
 }

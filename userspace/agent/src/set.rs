@@ -12,6 +12,7 @@
 //! `dtloop` and the reads of mirrors are taken in turn.
 
 mod jobs;
+mod recovery;
 mod requests;
 mod shared;
 mod shipping;
@@ -27,11 +28,12 @@ use std::time::{Duration, Instant};
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, Rates, Totals};
 use dtloop_core::mirror::{DeviceJob, JobKind, JobState, Planner};
-use dtloop_core::replica::SetMemory;
+use dtloop_core::replica::{Need, SetMemory};
 use dtloop_core::resync::Resync;
 use dtloop_core::source::{Resumed, SessionError, SourceSession};
 use dtloop_proto::message::{
-    DeviceOffer, Hello, Marker, Refuse, Staging, StagingPhase, VolumeReport, VolumeSync, Welcome,
+    DeviceOffer, Hello, Marker, Past, Refuse, Staging, StagingPhase, VolumeReport, VolumeSync,
+    Welcome,
 };
 use dtloop_proto::{Message, Uuid};
 
@@ -41,7 +43,7 @@ pub use shared::{Command, SetShared};
 use crate::config::SetConfig;
 use crate::link::{Link, LinkError, Watcher};
 use crate::ship::{Outbox, ShipError};
-use crate::snapshot::JobView;
+use crate::snapshot::{JobView, recovery};
 use crate::streams::Streams;
 
 /// Longest time for the target's answer to the hello: it may be replaying its journal.
@@ -82,6 +84,9 @@ const RATES_EVERY_MS: u64 = 2000;
 
 /// Pause of a resync after the source could not read its device.
 const RESYNC_RETRY: Duration = Duration::from_secs(1);
+
+/// How often the kernel is told what the target has, for its intent map.
+const INTENT_EVERY: Duration = Duration::from_secs(1);
 
 /// Requests to the kernel for mirror and resync between two looks at the ring.
 const REQUESTS_PER_TURN: usize = 8;
@@ -173,8 +178,20 @@ pub struct Worker {
     resync_after: Option<Instant>,
     devices: Vec<raw::DeviceStatus>,
     reports: Vec<VolumeReport>,
+    /// What the target said last about the time before.
+    past: Past,
+    /// Sectors of a region of the intent map.
+    region_sectors: u64,
+    /// How far the regions of a device are settled.
+    settled: Option<(u32, u64)>,
+    intents_tended: Instant,
+    /// Version of the intent file that the target was told.
+    intent_told: u64,
     last_verify: Vec<dtloop_api::VerifyResult>,
+    last_recovery: Vec<dtloop_api::Recovery>,
     lost: Option<(u64, u64)>,
+    /// What makes the copy whole was sent below this record: until the target has applied it, the copy is not.
+    whole_at: u64,
     notice: Option<String>,
     /// Where the target puts changes.
     staging: Staging,
@@ -203,6 +220,12 @@ impl Worker {
     ) -> Result<Self, dtloop_store::StateFileError> {
         let path = state_dir.join(format!("{}.set", config.name));
         let memory: SetMemory = dtloop_store::load(&path)?.unwrap_or_default();
+        let last_recovery = memory
+            .job
+            .iter()
+            .filter(|job| job.kind == JobKind::Recover && job.is_over())
+            .flat_map(|job| job.devices.iter().map(|item| recovery(job, item)))
+            .collect();
         let now = Instant::now();
         let reason = "dtagent has just started".to_owned();
         Ok(Self {
@@ -220,8 +243,15 @@ impl Worker {
             resync_after: None,
             devices: vec![],
             reports: vec![],
+            past: Past::default(),
+            region_sectors: 0,
+            settled: None,
+            intents_tended: now,
+            intent_told: 0,
             last_verify: vec![],
+            last_recovery,
             lost: None,
+            whole_at: 0,
             notice: None,
             staging: Staging::default(),
             in_place: false,
@@ -375,9 +405,15 @@ impl Worker {
             let connected = self.connect(stream);
             let end = match connected {
                 Ok(session) => {
-                    pause = RETRY_MIN;
-                    said.clear();
-                    self.ship(stream, session)
+                    let (before, begin) = (stream.ring().released(), Instant::now());
+                    let end = self.ship(stream, session);
+                    // A target that welcomes and then takes nothing (its journal is full) is no better than none.
+                    let went_on = stream.ring().released() > before;
+                    if went_on || begin.elapsed() > self.config.retry_max() {
+                        pause = RETRY_MIN;
+                        said.clear();
+                    }
+                    end
                 }
                 Err(end) => end,
             };
@@ -425,6 +461,9 @@ impl Worker {
             );
         }
         self.refresh_devices(stream)?;
+        self.watch_intents(stream)?;
+        self.settled = None;
+        self.whole_at = 0;
         let job = self.memory.job.clone().filter(|job| !job.is_over());
         self.job = job
             .as_ref()
@@ -476,6 +515,9 @@ impl Worker {
             (_, Message::Refuse(refuse)) => return Err(End::Refused(refuse)),
             _ => return Err(End::Link(LinkError::Flood)),
         };
+        let Message::Past(past) = link.expect_message(WELCOME_TIMEOUT)?.1 else {
+            return Err(End::Link(LinkError::Flood));
+        };
         let (core, resumed) =
             SourceSession::begin(&welcome, self.memory.stream_uuid, first_seq, next_seq)?;
         let now = Instant::now();
@@ -489,6 +531,7 @@ impl Worker {
             pinged: now,
             batches: VecDeque::new(),
         };
+        self.past = past;
         self.reconcile(stream, &mut session, welcome, resumed)?;
         self.totals.connections += 1;
         tracing::info!(
@@ -528,6 +571,7 @@ impl Worker {
             )),
         };
         let position = session.core.next_to_send();
+        let held = self.held();
         if broken.is_some() {
             for device in self.devices.iter().map(|device| device.device_id) {
                 self.memory.set_mirrored(device, false);
@@ -562,7 +606,9 @@ impl Worker {
             }
         }
         self.restart_lost_mirrors(broken.is_some());
-        self.evaluate(stream, broken.as_deref());
+        self.evaluate(stream, session, broken.as_deref(), &held)?;
+        let version = stream.intent_status()?.version;
+        self.tell_version(session, version)?;
         self.set_resync_devices();
         self.persist(true);
         Ok(())
@@ -598,23 +644,56 @@ impl Worker {
         });
     }
 
-    /// Starts what must be mirrored and may be without asking.
-    fn evaluate(&mut self, stream: &dyn CaptureStream, broken: Option<&str>) {
+    /// Starts what must be mirrored and may be without asking: by the marks of the intent map where they are enough, else as
+    /// a whole. `held`: devices whose mirror held in this stream until now.
+    fn evaluate(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+        broken: Option<&str>,
+        held: &[u32],
+    ) -> Result<(), End> {
+        let needs = self.needs(broken);
+        if needs.is_empty() {
+            return Ok(());
+        }
+        let past = std::mem::take(&mut self.past);
+        let candidates: Vec<u32> = needs.iter().map(|need| need.device).collect();
+        let (covered, doubt) = self.cover(stream, session, &past, held, &candidates)?;
+        if let Some(need) = needs.iter().find(|need| covered.contains(&need.device)) {
+            let reason = need.reason.clone();
+            self.set_resync_devices();
+            if self.planner.is_none() {
+                self.start_recovery(stream, &covered, &reason);
+            }
+        }
+        let is_left = |need: &Need| need.automatic && !covered.contains(&need.device);
+        let left: Vec<Need> = needs.into_iter().filter(is_left).collect();
+        self.mirror_needed(stream, &left, doubt);
+        Ok(())
+    }
+
+    /// What must be mirrored, given what both sides say.
+    fn needs(&mut self, broken: Option<&str>) -> Vec<Need> {
         if let Some(planner) = &self.planner {
             self.memory.job = Some(planner.state().clone());
         }
-        let needs = self.memory.needs(&self.offers(), &self.reports, broken);
-        let needs: Vec<_> = needs.into_iter().filter(|need| need.automatic).collect();
+        self.memory.needs(&self.offers(), &self.reports, broken)
+    }
+
+    fn mirror_needed(&mut self, stream: &dyn CaptureStream, needs: &[Need], doubt: Option<String>) {
         let Some(first) = needs.first() else { return };
-        if self
-            .planner
-            .as_ref()
-            .is_some_and(|planner| planner.state().kind.is_mirror())
-        {
-            // Looked at again when the mirror under way is over.
+        let busy = |planner: &Planner| {
+            planner.state().kind.is_mirror() || planner.state().kind == JobKind::Recover
+        };
+        if self.planner.as_ref().is_some_and(busy) {
+            // Looked at again when the job under way is over.
             return;
         }
-        let reason = first.reason.clone();
+        let mut reason = first.reason.clone();
+        if let Some(doubt) = doubt {
+            reason = format!("{reason}, and {doubt}");
+        }
         let labels: Vec<_> = needs
             .iter()
             .map(|need| format!("\"{}\"", need.label))

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dtloop_api::{
     ByteRange, Connection, DeviceProgress, DeviceState, DeviceStatus, Job, MirrorKind,
-    MirrorResult, Pass, SetStatus, VerifyResult,
+    MirrorResult, Pass, Recovery, SetStatus, VerifyResult,
 };
 use dtloop_core::mirror::{DeviceJob, JobKind, JobState};
 
@@ -138,12 +138,19 @@ impl JobView {
         }
     }
 
+    /// What a device's recovery cost.
+    #[must_use]
+    pub fn recovery(&self, device: &DeviceJob) -> Recovery {
+        recovery(&self.state, device)
+    }
+
     /// What it does, in the words of the control socket.
     #[must_use]
     pub fn job(&self) -> Job {
         match self.state.kind {
             JobKind::Full => Job::FullMirror,
             JobKind::Difference => Job::DifferenceMirror,
+            JobKind::Recover => Job::Recovery,
             JobKind::Verify { .. } => Job::Verify,
         }
     }
@@ -161,6 +168,7 @@ impl JobView {
                 kind: MirrorKind::Difference,
                 pass,
             },
+            JobKind::Recover => DeviceState::Resyncing { pass },
             JobKind::Verify { .. } => DeviceState::Verifying { pass },
         }
     }
@@ -177,6 +185,24 @@ impl JobView {
         self.state.devices.iter().map(progress).collect()
     }
 }
+
+/// What a device's recovery cost, as far as it is.
+#[must_use]
+pub fn recovery(job: &JobState, device: &DeviceJob) -> Recovery {
+    Recovery {
+        label: device.label.clone(),
+        reason: job.reason.clone(),
+        complete: device.is_done(),
+        regions: device.regions,
+        compared_bytes: device.compared_sectors * SECTOR_BYTES,
+        differing_blocks: (device.mismatched_sectors * SECTOR_BYTES)
+            .div_ceil(Recovery::BLOCK_BYTES),
+        differing_bytes: device.mismatched_sectors * SECTOR_BYTES,
+        sent_bytes: device.repaired_sectors * SECTOR_BYTES,
+    }
+}
+
+const _: () = assert!(Recovery::BLOCK_BYTES == dtloop_core::mirror::CHUNK_BYTES as u64);
 
 /// What is published.
 #[derive(Clone, Debug)]

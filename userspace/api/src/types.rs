@@ -149,6 +149,8 @@ pub enum Job {
     DifferenceMirror,
     /// The blocks of the dirty map are sent.
     Resync,
+    /// The regions that the intent map names are compared, after a crash.
+    Recovery,
     /// Hashes are compared.
     Verify,
 }
@@ -435,6 +437,35 @@ pub struct DeviceStatus {
     /// What the last verification found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_verify: Option<VerifyResult>,
+    /// What the last crash cost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_recovery: Option<Recovery>,
+}
+
+/// What was compared and sent after a crash.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recovery {
+    /// The volume's label.
+    pub label: String,
+    /// Why it was done.
+    pub reason: String,
+    /// It is complete.
+    pub complete: bool,
+    /// Regions of the intent map that were marked.
+    pub regions: u64,
+    /// Bytes compared.
+    pub compared_bytes: u64,
+    /// Blocks of [`Recovery::BLOCK_BYTES`] that differed.
+    pub differing_blocks: u64,
+    /// And their length in bytes.
+    pub differing_bytes: u64,
+    /// Bytes sent because they differed.
+    pub sent_bytes: u64,
+}
+
+impl Recovery {
+    /// Unit of the comparison in bytes.
+    pub const BLOCK_BYTES: u64 = 128 << 10;
 }
 
 /// How the target's copy stands to the device.

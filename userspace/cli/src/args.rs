@@ -125,10 +125,49 @@ pub(crate) struct Attach {
     /// Name of the volume on the target
     #[arg(long, value_name = "LABEL", value_parser = parse_name)]
     pub(crate) volume: Option<Name>,
+    /// The set's intent file, on ext4 or XFS on another disk than the set's devices: it remembers which regions may differ,
+    /// so that a crash costs no full comparison; off: none. For a set that has none [default:
+    /// /var/lib/dtloop/intent/NAME]
+    #[arg(long, value_name = "FILE|off", value_parser = parse_intent)]
+    pub(crate) intent: Option<Intent>,
+    /// Region of a new intent file, a power of two from 64K to 1G [default: 4M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_region)]
+    pub(crate) region_size: Option<u32>,
+    /// Regions that may stay marked while the target has everything: more need fewer writes of the intent file, and
+    /// more comparing after a crash [default: 1024]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) hot_regions: Option<u32>,
     /// Attach although the device carries the signature of swap or LVM, made through the loop
     /// device earlier
     #[arg(long)]
     pub(crate) allow_signature: bool,
+}
+
+/// Where the intent file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Intent {
+    /// Nowhere: changes are not tracked across a crash.
+    Off,
+    /// There.
+    File(PathBuf),
+}
+
+// clap asks for a Result.
+#[expect(clippy::unnecessary_wraps)]
+fn parse_intent(text: &str) -> Result<Intent, String> {
+    Ok(match text {
+        "off" => Intent::Off,
+        path => Intent::File(path.into()),
+    })
+}
+
+fn parse_region(text: &str) -> Result<u32, String> {
+    let bytes = size::parse(text)?;
+    let legal = u64::from(raw::REGION_BYTES_MIN)..=u64::from(raw::REGION_BYTES_MAX);
+    if !bytes.is_power_of_two() || !legal.contains(&bytes) {
+        return Err("it is no power of two from 64K to 1G".to_owned());
+    }
+    u32::try_from(bytes).map_err(|error| error.to_string())
 }
 
 #[derive(Debug, Args)]
@@ -177,6 +216,15 @@ pub(crate) struct Set {
         conflicts_with = "remove"
     )]
     pub(crate) policy: Option<Policy>,
+    /// Policy throttle: begin to delay writes when so much of the memory is in use, in percent [default: 50]
+    #[arg(long, value_name = "PERCENT", requires = "policy", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) throttle_start: Option<u32>,
+    /// Policy throttle: end when less than this is in use; below the start [default: 25, or half of the start]
+    #[arg(long, value_name = "PERCENT", requires = "policy", value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub(crate) throttle_stop: Option<u32>,
+    /// Policy throttle: delay of a write when the memory is full, in milliseconds; less in proportion [default: 50]
+    #[arg(long, value_name = "MS", requires = "policy", value_parser = clap::value_parser!(u32).range(1..=i64::from(raw::THROTTLE_DELAY_MS_MAX)))]
+    pub(crate) throttle_delay: Option<u32>,
     /// Remove the set, which has no device any more
     #[arg(long)]
     pub(crate) remove: bool,
@@ -275,6 +323,8 @@ pub(crate) enum Policy {
     Track,
     /// Writes wait for the agent
     Block,
+    /// Writes are slowed down as it fills, and when it is full nevertheless, tracked
+    Throttle,
 }
 
 impl Policy {
@@ -282,6 +332,7 @@ impl Policy {
         match self {
             Self::Track => raw::POLICY_TRACK,
             Self::Block => raw::POLICY_BLOCK,
+            Self::Throttle => raw::POLICY_THROTTLE,
         }
     }
 }

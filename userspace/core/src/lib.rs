@@ -12,6 +12,7 @@
 //! | source | [`source`] | where a session resumes, what is acknowledged and may be released |
 //! | source | [`mirror`] | which range to read next for mirror and verify; keeps its place |
 //! | source | [`resync`] | when every change that was not in the stream has been sent again |
+//! | source | [`coverage`] | whether comparing the marked regions is enough after a crash |
 //! | source | [`replica`] | what the source remembers of a set, and what must be mirrored |
 //! | target | [`sequence`] | whether a record is the next one, a duplicate, or a hole before it |
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
@@ -24,6 +25,7 @@
 
 pub mod apply;
 pub mod binding;
+pub mod coverage;
 pub mod mirror;
 pub mod overlay;
 pub mod replica;

@@ -79,6 +79,8 @@ pub enum JobKind {
         /// Sends what differs.
         repair: bool,
     },
+    /// Compares hashes of the regions that the intent map names, and sends what differs.
+    Recover,
 }
 
 impl JobKind {
@@ -97,7 +99,10 @@ impl JobKind {
     }
 
     fn repairs(self) -> bool {
-        matches!(self, Self::Difference | Self::Verify { repair: true })
+        matches!(
+            self,
+            Self::Difference | Self::Recover | Self::Verify { repair: true }
+        )
     }
 }
 
@@ -127,6 +132,12 @@ pub struct DeviceJob {
     pub mismatches: Vec<Range>,
     /// Sectors sent because they differed.
     pub repaired_sectors: u64,
+    /// Sectors compared.
+    #[serde(default)]
+    pub compared_sectors: u64,
+    /// Regions of the intent map that were to be compared.
+    #[serde(default)]
+    pub regions: u64,
     /// The device was begun.
     pub begun: bool,
     /// That it is done was passed on as [`Event::DeviceDone`]. A restart in between passes it on.
@@ -146,6 +157,8 @@ impl DeviceJob {
             mismatched_sectors: 0,
             mismatches: vec![],
             repaired_sectors: 0,
+            compared_sectors: 0,
+            regions: 0,
             begun: false,
             ended: false,
         }
@@ -235,6 +248,8 @@ pub struct Planner {
     index: usize,
     /// First sector behind the chunks.
     next: u64,
+    /// Of [`JobKind::Recover`]: end of the run of regions that is being compared, once it was found.
+    run_end: Option<u64>,
     chunks: VecDeque<Chunk>,
     over: bool,
 }
@@ -253,6 +268,7 @@ impl Planner {
             state,
             index,
             next,
+            run_end: None,
             chunks: VecDeque::new(),
             over: false,
         }
@@ -315,6 +331,7 @@ impl Planner {
             Some((device, true)) => {
                 self.state.devices[self.index].ended = true;
                 self.index += 1;
+                self.run_end = None;
                 self.chunks.clear();
                 self.next = self
                     .state
@@ -332,6 +349,35 @@ impl Planner {
         Some(Event::Over)
     }
 
+    /// Which regions come next? To be answered with [`Planner::on_run`] before the next request. Device id, and where to
+    /// look from.
+    #[must_use]
+    pub fn next_search(&self) -> Option<(u32, u64)> {
+        let device = self.state.devices.get(self.index)?;
+        let busy = self.state.kind == JobKind::Recover
+            && !self.state.paused
+            && self.state.failed.is_none()
+            && device.begun
+            && self.next < device.sectors;
+        let at_end = self.run_end.is_none_or(|end| self.next >= end);
+        (busy && at_end).then_some((device.device, self.next))
+    }
+
+    /// The next run of regions: first sector and length; `None`: there is none up to the end of the device.
+    pub fn on_run(&mut self, run: Option<(u64, u64)>) {
+        let Some(device) = self.state.devices.get(self.index) else {
+            return;
+        };
+        let (start, end) = match run {
+            Some((start, sectors)) => (start, start + sectors),
+            None => (device.sectors, device.sectors),
+        };
+        // Regions are found as wholes, also those that were settled in part.
+        self.next = self.next.max(start);
+        self.run_end = Some(end.min(device.sectors));
+        self.settle();
+    }
+
     /// The next range to have read; `None` while there is nothing to ask for.
     #[must_use]
     pub fn next_request(&self) -> Option<Request> {
@@ -347,7 +393,11 @@ impl Planner {
         }
         // Chunks that are settled out of order are bounded as well.
         let ahead = self.next - device.position >= 4 * WINDOW_SECTORS;
-        let sectors = REQUEST_SECTORS.min(device.sectors.saturating_sub(self.next));
+        let end = match self.state.kind {
+            JobKind::Recover => self.run_end?,
+            _ => device.sectors,
+        };
+        let sectors = REQUEST_SECTORS.min(end.saturating_sub(self.next));
         (sectors > 0 && !ahead)
             .then(|| self.request(self.next, sectors, self.state.kind.first_mode()))
     }
@@ -497,6 +547,9 @@ impl Planner {
             else {
                 continue;
             };
+            if seq <= through {
+                device.compared_sectors += chunk.sectors;
+            }
             if differing.contains(&seq) {
                 device.mismatched_sectors += chunk.sectors;
                 note_mismatch(
@@ -522,14 +575,15 @@ impl Planner {
         let Some(device) = self.state.devices.get_mut(self.index) else {
             return;
         };
-        while let Some(chunk) = self
+        while self
             .chunks
             .front()
-            .filter(|chunk| chunk.stage == Stage::Settled)
+            .is_some_and(|chunk| chunk.stage == Stage::Settled)
         {
-            device.position = chunk.start + chunk.sectors;
             self.chunks.pop_front();
         }
+        // What lies between chunks need not be compared.
+        device.position = self.chunks.front().map_or(self.next, |chunk| chunk.start);
     }
 
     /// The connection was cut: answers to hashes are lost. Data is sent again out of the ring.
@@ -625,6 +679,48 @@ mod tests {
             (at, seq) = (end, seq + 1);
         }
         request
+    }
+
+    #[test]
+    fn a_recovery_goes_from_run_to_run() {
+        let mut planner = job(JobKind::Recover, 100 * C);
+        assert_eq!(planner.next_search(), None, "not before it has begun");
+        begin(&mut planner);
+        assert_eq!(planner.next_request(), None, "not before it was told where");
+        assert_eq!(planner.next_search(), Some((1, 0)));
+        planner.on_run(Some((10 * C, 2 * C)));
+        assert_eq!(planner.next_search(), None);
+        let request = ask_and_send(&mut planner, 1);
+        assert_eq!((request.start, request.sectors), (10 * C, 2 * C));
+        assert!(is_hash_cookie(request.cookie) && !request.clear);
+        assert_eq!(planner.state().devices[0].position, 10 * C);
+        assert_eq!(planner.next_search(), Some((1, 12 * C)));
+        planner.on_run(Some((50 * C, C)));
+        ask_and_send(&mut planner, 3);
+        planner.on_verified(3, &[2]);
+        assert_eq!(planner.state().devices[0].position, 11 * C, "one differs");
+        let repair = ask_and_send(&mut planner, 4);
+        assert_eq!(
+            (repair.start, repair.sectors, repair.clear),
+            (11 * C, C, true)
+        );
+        assert_eq!(planner.next_search(), Some((1, 51 * C)));
+        planner.on_run(None);
+        planner.on_durable(4);
+        let device = &planner.state().devices[0];
+        assert!(device.is_done());
+        assert_eq!(device.compared_sectors, 3 * C);
+        assert_eq!(device.repaired_sectors, C);
+        assert_eq!(planner.next_event(), Some(Event::DeviceDone { device: 1 }));
+        assert_eq!(planner.next_event(), Some(Event::Over));
+    }
+
+    #[test]
+    fn a_recovery_without_regions_is_done_at_once() {
+        let mut planner = job(JobKind::Recover, 100 * C);
+        begin(&mut planner);
+        planner.on_run(None);
+        assert_eq!(planner.next_event(), Some(Event::DeviceDone { device: 1 }));
     }
 
     #[test]

@@ -43,7 +43,14 @@ pub struct SetMemory {
     /// The job under way, or the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<JobState>,
+    /// Streams in which the intent file could not be written: marks that go back to one of them are not complete.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unmarked_streams: Vec<StreamId>,
 }
+
+/// A stream in the state file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamId(#[serde(with = "crate::uuid_text")] pub Uuid);
 
 /// Why a device must be mirrored, and whether that happens by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,6 +103,21 @@ impl SetMemory {
             device.mirrored = false;
         }
         device.sectors = offer.sectors;
+    }
+
+    /// The intent file could not be written in the present stream. True: that is news.
+    pub fn note_unmarked(&mut self) -> bool {
+        /// More streams than one intent file remembers.
+        const MOST: usize = 16;
+        let id = StreamId(self.stream_uuid);
+        if self.unmarked_streams.contains(&id) {
+            return false;
+        }
+        if self.unmarked_streams.len() >= MOST {
+            self.unmarked_streams.remove(0);
+        }
+        self.unmarked_streams.push(id);
+        true
     }
 
     /// A mirror of the device is complete, or holds no longer.

@@ -18,7 +18,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dtloop_proto::message::{Hello, Marker, VolumeReport, VolumeSync};
+use dtloop_proto::message::{DeviceOffer, Hello, Marker, Past, VolumeReport, VolumeSync};
 use dtloop_proto::{Code, Op, RecordBody, Uuid};
 use serde::{Deserialize, Serialize};
 
@@ -159,6 +159,9 @@ pub struct SetState {
     pub in_place: bool,
     /// Volumes by label.
     pub volumes: BTreeMap<String, VolumeState>,
+    /// The last version of the source's intent file that was told.
+    #[serde(default)]
+    pub intent_version: u64,
 }
 
 /// How a source that says hello is received.
@@ -194,6 +197,26 @@ impl SetState {
             stages: 0,
             in_place: false,
             volumes: BTreeMap::new(),
+            intent_version: 0,
+        }
+    }
+
+    /// What the volumes of these devices have been worth so far. To be asked before the devices are bound.
+    #[must_use]
+    pub fn past(&self, offers: &[DeviceOffer], durable_seq: u64) -> Past {
+        let mirrored = |offer: &&DeviceOffer| {
+            let volume = self.volumes.get(&offer.label);
+            volume.is_some_and(|volume| volume.sync == Sync::Mirrored && volume.refused.is_none())
+        };
+        Past {
+            stream: self.stream_uuid,
+            durable_seq,
+            intent_version: self.intent_version,
+            mirrored: offers
+                .iter()
+                .filter(mirrored)
+                .map(|offer| offer.device)
+                .collect(),
         }
     }
 
@@ -559,6 +582,12 @@ impl SetState {
             // Of concern only to the space that is kept for staging.
             Marker::Plan { .. } => {}
             Marker::OrderLost { code } => self.lose(position, position, code),
+            Marker::Covered { device } => {
+                // First, while the volume is worth nothing: it is equal to no state of the present stream yet.
+                self.lose(position, position, Code::OK);
+                self.enter_sync(device, Sync::Mirrored, position);
+            }
+            Marker::Intent { version } => self.intent_version = version,
         }
     }
 
@@ -570,6 +599,7 @@ impl SetState {
     }
 
     fn enter_sync(&mut self, device: u32, sync: Sync, position: u64) {
+        let whole = self.lost.is_none();
         if let Some(volume) = self
             .volumes
             .values_mut()
@@ -577,7 +607,7 @@ impl SetState {
         {
             volume.sync = sync;
             volume.sync_seq = position;
-            if sync == Sync::Mirrored {
+            if sync == Sync::Mirrored && whole {
                 volume.consistent = None;
             }
         }
@@ -723,6 +753,37 @@ mod tests {
         state.on_passed_by(1);
         state.on_marker(2, Marker::MirrorEnd { device: 1 });
         assert!(!state.in_sync("vol"));
+    }
+
+    #[test]
+    fn a_covered_volume_keeps_its_worth_and_waits_for_the_order() {
+        let offer = DeviceOffer {
+            device: 7,
+            label: "vol".into(),
+            sectors: 64,
+            block_bytes: 512,
+        };
+        let mut state = mirrored();
+        state.on_marker(2, Marker::Intent { version: 5 });
+        let past = state.past(std::slice::from_ref(&offer), 9);
+        assert_eq!((past.stream, past.durable_seq), (Uuid([1; 16]), 9));
+        assert_eq!((past.intent_version, &past.mirrored[..]), (5, &[7][..]));
+        state.enter(&hello(2, 2, 1, 10), Admission::NewStream);
+        state.bind("vol", 7, 64, None);
+        assert_eq!(state.past(std::slice::from_ref(&offer), 0).mirrored, []);
+        state.on_marker(1, Marker::Covered { device: 7 });
+        assert!(
+            !state.in_sync("vol"),
+            "the marked regions are still to come"
+        );
+        let consistent = state.volumes["vol"]
+            .consistent
+            .map(|c| (c.stream_uuid, c.seq));
+        assert_eq!(consistent, Some((Uuid([1; 16]), 1)));
+        assert_eq!(state.past(std::slice::from_ref(&offer), 0).mirrored, [7]);
+        state.on_marker(2, Marker::OrderRestored);
+        assert!(state.in_sync("vol"));
+        assert_eq!(state.volumes["vol"].consistent, None);
     }
 
     #[test]

@@ -81,7 +81,13 @@ impl Code {
     pub fn is_passing(self) -> bool {
         matches!(
             self,
-            Self::SUPERSEDED | Self::SHUTTING_DOWN | Self::INTERNAL | Self::JOURNAL_IO
+            Self::SUPERSEDED
+                | Self::SHUTTING_DOWN
+                | Self::INTERNAL
+                | Self::JOURNAL_IO
+                | Self::VOLUME_IO
+                | Self::VOLUME_FULL
+                | Self::STAGING
         )
     }
 }

@@ -79,8 +79,10 @@ message_types! {
     Volumes = 0x32;
     /// Target to source: a condition that began or ended.
     Notice = 0x33;
+    /// Target to source: what the volumes were worth so far.
+    Past = 0x38;
     /// Target to source: where changes go.
-    Staging = 0x38;
+    Staging = 0x39;
     /// Are you there?
     Ping = 0x40;
     /// Yes.

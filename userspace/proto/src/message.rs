@@ -153,6 +153,17 @@ pub enum Marker {
         /// Reason.
         code: Code,
     },
+    /// The volume equals the device but for blocks that are sent again before the next [`Marker::OrderRestored`]: the
+    /// source's intent map has them all.
+    Covered {
+        /// Device id.
+        device: u32,
+    },
+    /// The source's intent file is on disk in this version: an older one is no longer to be relied on.
+    Intent {
+        /// Version.
+        version: u64,
+    },
     /// So much of the device is about to be sent again, by a resync or by a mirror. Said before it begins, so that the target
     /// can say whether it has the space to stage it.
     Plan {
@@ -205,6 +216,20 @@ pub struct Verified {
 pub struct Volumes {
     /// All of them.
     pub volumes: Vec<VolumeReport>,
+}
+
+/// Target to source, behind every Welcome and before the Volumes that answer a [`DeviceOffer`]: what the volumes were
+/// worth until then.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Past {
+    /// The stream that the target knew; [`Uuid::NONE`]: none.
+    pub stream: Uuid,
+    /// Last record of that stream that it has durably.
+    pub durable_seq: u64,
+    /// The last [`Marker::Intent`] it was told.
+    pub intent_version: u64,
+    /// Devices, by their present ids, whose volumes were mirrored.
+    pub mirrored: Vec<u32>,
 }
 
 /// Target to source: a condition of the set that began, or ended with [`Code::OK`].
@@ -297,6 +322,8 @@ pub enum Message {
     Notice(Notice),
     /// See [`Staging`].
     Staging(Staging),
+    /// See [`Past`].
+    Past(Past),
     /// A number to be returned.
     Ping(u64),
     /// The number returned.
@@ -381,6 +408,7 @@ impl Message {
             Self::Volumes(_) => MessageType::Volumes,
             Self::Notice(_) => MessageType::Notice,
             Self::Staging(_) => MessageType::Staging,
+            Self::Past(_) => MessageType::Past,
             Self::Ping(_) => MessageType::Ping,
             Self::Pong(_) => MessageType::Pong,
             Self::Bye(_) => MessageType::Bye,
@@ -413,6 +441,7 @@ impl Message {
             }
             Self::Volumes(volumes) => check_volumes(&volumes.volumes),
             Self::Notice(notice) => check_length("text", notice.text.len(), limits::TEXT_BYTES_MAX),
+            Self::Past(past) => check_length("mirrored", past.mirrored.len(), limits::DEVICES_MAX),
             Self::Marker(_) | Self::Ack(_) | Self::Staging(_) | Self::Ping(_) | Self::Pong(_) => {
                 Ok(())
             }
@@ -437,6 +466,7 @@ impl Message {
             Self::Volumes(value) => body::encode(value, out),
             Self::Notice(value) => body::encode(value, out),
             Self::Staging(value) => body::encode(value, out),
+            Self::Past(value) => body::encode(value, out),
             Self::Ping(value) | Self::Pong(value) => body::encode(value, out),
         }
     }
@@ -458,6 +488,7 @@ impl Message {
             MessageType::Volumes => Self::Volumes(body::decode(bytes)?),
             MessageType::Notice => Self::Notice(body::decode(bytes)?),
             MessageType::Staging => Self::Staging(body::decode(bytes)?),
+            MessageType::Past => Self::Past(body::decode(bytes)?),
             MessageType::Ping => Self::Ping(body::decode(bytes)?),
             MessageType::Pong => Self::Pong(body::decode(bytes)?),
             MessageType::Bye => Self::Bye(body::decode(bytes)?),

@@ -85,6 +85,8 @@ fn marker() -> impl Strategy<Value = Marker> {
         }),
         Just(Marker::OrderRestored),
         any::<u16>().prop_map(|code| Marker::OrderLost { code: Code(code) }),
+        any::<u32>().prop_map(|device| Marker::Covered { device }),
+        any::<u64>().prop_map(|version| Marker::Intent { version }),
     ]
 }
 
@@ -147,6 +149,19 @@ fn message() -> impl Strategy<Value = Message> {
                 most_bytes,
             })
         }),
+        (
+            uuid(),
+            any::<[u64; 2]>(),
+            prop::collection::vec(any::<u32>(), 0..20)
+        )
+            .prop_map(
+                |(stream, [durable_seq, intent_version], mirrored)| Message::Past(Past {
+                    stream,
+                    durable_seq,
+                    intent_version,
+                    mirrored,
+                })
+            ),
         any::<u64>().prop_map(Message::Ping),
         any::<u64>().prop_map(Message::Pong),
     ]

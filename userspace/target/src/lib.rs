@@ -22,6 +22,7 @@ pub mod applier;
 pub mod catalog;
 pub mod clock;
 pub mod config;
+pub mod door;
 pub mod journal;
 pub mod outlet;
 pub mod overlay;

@@ -21,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use crate::applier::OpenError;
 use crate::catalog::Catalog;
 use crate::config::Config;
+use crate::door::Door;
 use crate::replica::Replica;
 use crate::session;
 use crate::transport::Connection;
@@ -43,6 +44,8 @@ pub struct Shared {
     /// Who this target is.
     pub target_id: Uuid,
     catalog: Arc<Catalog>,
+    /// Who has not said hello yet.
+    pub door: Arc<Door>,
     slots: Mutex<HashMap<(Uuid, String), Slot>>,
     sessions: AtomicU64,
     connections: AtomicUsize,
@@ -160,6 +163,7 @@ impl Server {
             config,
             target_id,
             catalog,
+            door: Arc::default(),
             slots: Mutex::default(),
             sessions: AtomicU64::new(first_session),
             connections: AtomicUsize::new(0),
@@ -234,17 +238,25 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
         };
         if shared.connections.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
             shared.connections.fetch_sub(1, Ordering::Relaxed);
-            tracing::warn!("{peer} was turned away: {CONNECTIONS_MAX} connections are open.");
+            let what = format!("{peer} was turned away: {CONNECTIONS_MAX} connections are open.");
+            shared.door.complain(&what);
             continue;
         }
         let shared = Arc::clone(shared);
+        let Ok(place) = shared.door.enter(&stream) else {
+            // It has gone already.
+            shared.connections.fetch_sub(1, Ordering::Relaxed);
+            continue;
+        };
         let serve = move || {
             let connection = stream
                 .set_nonblocking(false)
                 .and_then(|()| Connection::accept(shared.config.transport, stream));
             match connection {
-                Ok(connection) => session::serve(&shared, connection),
-                Err(error) => tracing::warn!("{peer} could not be served: {error}."),
+                Ok(connection) => session::serve(&shared, connection, place),
+                Err(error) => shared
+                    .door
+                    .complain(&format!("{peer} could not be served: {error}.")),
             }
             shared.connections.fetch_sub(1, Ordering::Relaxed);
         };

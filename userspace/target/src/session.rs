@@ -18,6 +18,7 @@ use dtloop_proto::message::{Hello, Notice, OPTION_IN_PLACE, Refuse, Welcome, bou
 use dtloop_proto::{Code, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
+use crate::door::Place;
 use crate::journal::JournalError;
 use crate::replica::{Replica, Writer};
 use crate::server::Shared;
@@ -99,19 +100,22 @@ impl SessionEnd {
     }
 }
 
-/// Serves a connection to its end.
-pub fn serve(shared: &Arc<Shared>, mut connection: Connection) {
+/// Serves a connection to its end; it gives its place at the door up when it has said hello.
+pub fn serve(shared: &Arc<Shared>, mut connection: Connection, place: Place) {
     let peer = connection
         .peer()
         .map_or_else(|_| "an unknown peer".to_owned(), |peer| peer.to_string());
     let hello = match receive_hello(&mut connection) {
         Ok(hello) => hello,
         Err(end) => {
-            tracing::warn!("{peer} was not understood: {end}.");
+            shared
+                .door
+                .complain(&format!("{peer} was not understood: {end}."));
             refuse(&mut connection, &end);
             return;
         }
     };
+    drop(place);
     let (set, source) = (hello.set.clone(), hello.source_id);
     match receive(shared, connection, hello) {
         end @ (SessionEnd::Closed
@@ -120,6 +124,10 @@ pub fn serve(shared: &Arc<Shared>, mut connection: Connection) {
         | SessionEnd::Io(_)) => {
             tracing::info!("Set \"{set}\" of source {source} at {peer} is disconnected: {end}.");
         }
+        // It may come again and again, as long as the reason lasts.
+        end @ SessionEnd::Refused(_) => shared.door.complain(&format!(
+            "Set \"{set}\" of source {source} at {peer} was refused: {end}."
+        )),
         end => {
             tracing::error!("Set \"{set}\" of source {source} at {peer} is disconnected: {end}.");
         }
@@ -242,6 +250,7 @@ fn welcome(
         let text = format!("Set \"{set}\" is no longer applied; look at the log of dttarget");
         Refusal::new(Code::INTERNAL, text)
     };
+    // While a disk fails, the applier answers with the reason; it takes up nothing that nobody would know of.
     writer.commands.send(enter).map_err(|_| gone())?;
     let entered = answer.recv().map_err(|_| gone())??;
     match entered.admission {
@@ -281,6 +290,7 @@ fn welcome(
     };
     let mut out = vec![];
     frame::encode_message(&mut out, 0, 0, &Message::Welcome(welcome))?;
+    frame::encode_message(&mut out, id, 0, &Message::Past(entered.past))?;
     connection.set_timeouts(SILENCE_MAX, SILENCE_MAX)?;
     connection.write_all(&out)?;
     replica.outlet.connect(connection.try_clone()?, id);

@@ -306,6 +306,28 @@ fn the_target_does_not_claim_what_it_does_not_have() {
     agent.stop();
 }
 
+/// What is on its way to the target is not there yet.
+#[test]
+fn in_sync_is_not_said_before_the_target_is() {
+    let lab = Lab::new(SECTORS);
+    let target = lab.start_target();
+    let faults = Faults::new(target.address, 1);
+    let mut agent = lab.start_agent_to(faults.address);
+    agent.target = Some(target);
+    agent.request(&mirror(MirrorKind::Full)).unwrap();
+    agent.wait_in_sync();
+    faults.crawl();
+    // Far more than the ring holds.
+    for round in 0..3 {
+        lab.fill_with(round + 10);
+    }
+    assert!(lab.is_dirty());
+    agent.wait_for(|status| !status.devices[0].state.is_consistent());
+    agent.wait_for(|status| status.devices[0].state.is_consistent());
+    lab.assert_identical();
+    agent.stop();
+}
+
 #[test]
 fn connections_cut_at_random_bytes_lose_nothing() {
     let lab = Lab::new(SECTORS);

@@ -94,6 +94,7 @@ impl Peer {
             Some(Message::Welcome(welcome)) => peer.session = welcome.session,
             other => panic!("{other:?}"),
         }
+        assert!(matches!(peer.hear(), Some(Message::Past(_))));
         peer
     }
 

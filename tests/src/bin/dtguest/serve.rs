@@ -8,7 +8,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -39,6 +39,13 @@ struct Running {
     input: Option<Sender<Vec<u8>>>,
 }
 
+/// The scripts that run, by job.
+type Jobs = Arc<Mutex<HashMap<u32, Running>>>;
+
+fn lock(jobs: &Jobs) -> MutexGuard<'_, HashMap<u32, Running>> {
+    jobs.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Serves until the port breaks.
 pub(crate) fn serve() -> Result<()> {
     let path = port()?;
@@ -56,10 +63,10 @@ pub(crate) fn serve() -> Result<()> {
                 .to_owned(),
         ),
     );
-    let mut jobs = HashMap::new();
+    let jobs = Jobs::default();
     loop {
         match wire::receive(&mut input) {
-            Ok((job, message)) => handle(job, message, &mut jobs, &sink),
+            Ok((job, message)) => handle(job, message, &jobs, &sink),
             // Nobody is connected.
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
                 thread::sleep(Duration::from_millis(100));
@@ -83,30 +90,27 @@ fn port() -> Result<String> {
     anyhow::bail!("no virtio port named {PORT}")
 }
 
-fn handle(job: u32, message: Message, jobs: &mut HashMap<u32, Running>, sink: &Sink) {
+fn handle(job: u32, message: Message, jobs: &Jobs, sink: &Sink) {
     match message {
-        Message::Exec(script) => match start(job, &script, sink) {
-            Ok(running) => {
-                jobs.insert(job, running);
-            }
-            Err(error) => {
+        Message::Exec(script) => {
+            if let Err(error) = start(job, &script, jobs, sink) {
                 sink.send(job, &Message::Stderr(format!("{error:#}\n").into_bytes()));
                 sink.send(job, &Message::Exit(127));
             }
-        },
+        }
         Message::Stdin(bytes) => {
-            if let Some(input) = jobs.get(&job).and_then(|job| job.input.as_ref()) {
+            if let Some(input) = lock(jobs).get(&job).and_then(|job| job.input.as_ref()) {
                 // A script that reads no more has ended, or will tell.
                 let _ = input.send(bytes);
             }
         }
         Message::StdinEnd => {
-            if let Some(job) = jobs.get_mut(&job) {
+            if let Some(job) = lock(jobs).get_mut(&job) {
                 job.input = None;
             }
         }
         Message::Kill(signal) => {
-            if let (Some(job), Ok(signal)) = (jobs.get(&job), Signal::try_from(signal)) {
+            if let (Some(job), Ok(signal)) = (lock(jobs).get(&job), Signal::try_from(signal)) {
                 // It may have ended already.
                 let _ = killpg(job.group, signal);
             }
@@ -115,7 +119,7 @@ fn handle(job: u32, message: Message, jobs: &mut HashMap<u32, Running>, sink: &S
     }
 }
 
-fn start(job: u32, script: &str, sink: &Sink) -> Result<Running> {
+fn start(job: u32, script: &str, jobs: &Jobs, sink: &Sink) -> Result<()> {
     let mut child = Command::new("/bin/bash")
         .args(["-euo", "pipefail", "-c", script])
         .env_clear()
@@ -146,12 +150,16 @@ fn start(job: u32, script: &str, sink: &Sink) -> Result<Running> {
     let stderr = child.stderr.take().context("no stderr")?;
     forward(stdout, job, Message::Stdout, sink.clone(), done.clone());
     forward(stderr, job, Message::Stderr, sink.clone(), done);
-    let sink = sink.clone();
-    thread::spawn(move || finish(child, job, &readers_done, &sink));
-    Ok(Running {
-        group,
-        input: Some(input),
-    })
+    let input = Some(input);
+    lock(jobs).insert(job, Running { group, input });
+    let (jobs, sink) = (Arc::clone(jobs), sink.clone());
+    thread::spawn(move || {
+        let exit = finish(child, &readers_done);
+        // With it goes the way to its input, which would stay open otherwise.
+        lock(&jobs).remove(&job);
+        sink.send(job, &exit);
+    });
+    Ok(())
 }
 
 fn feed(mut stdin: impl Write, chunks: &Receiver<Vec<u8>>) {
@@ -179,14 +187,15 @@ fn forward(
     });
 }
 
-fn finish(mut child: Child, job: u32, readers_done: &Receiver<()>, sink: &Sink) {
+/// Waits for a script's end and its output.
+fn finish(mut child: Child, readers_done: &Receiver<()>) -> Message {
     let status = child.wait();
     for _ in 0..2 {
         if readers_done.recv_timeout(LATE_OUTPUT).is_err() {
             break;
         }
     }
-    sink.send(job, &Message::Exit(status.map_or(-1, code)));
+    Message::Exit(status.map_or(-1, code))
 }
 
 fn code(status: ExitStatus) -> i32 {

@@ -10,14 +10,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Args, Parser};
 use dtloop_tools::direct::{Aligned, open_read, open_write, size};
-use dtloop_tools::random::Random;
 use dtloop_tools::stamp::{SECTOR, Shown, Stamp, Write, check};
+use dtloop_tools::stamp_plan::{Plan, Shape};
 use dtloop_tools::stop;
 use nix::libc;
 use serde_json::json;
+
+/// Most writes that are predicted: a damaged stamp must not have this go on for ever.
+const WRITES_MAX: u64 = 10_000_000;
 
 #[derive(Debug, Parser)]
 enum Command {
@@ -34,31 +37,20 @@ struct WriteArgs {
     devices: Vec<PathBuf>,
     /// Where to write the log in the end; of the device number K, to LOG.K
     #[arg(long)]
-    log: PathBuf,
-    #[arg(long, default_value_t = 4)]
-    threads: u32,
+    log: Option<PathBuf>,
+    #[command(flatten)]
+    shape: Shape,
     /// Run of the writer, from 1; earlier stamps count as the beginning
     #[arg(long, default_value_t = 1)]
     generation: u32,
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
     /// Writes in all; 0: no end
     #[arg(long, default_value_t = 0)]
     writes: u64,
     #[arg(long)]
     seconds: Option<u64>,
-    /// Largest write in bytes
-    #[arg(long, default_value_t = 64 << 10)]
-    most: usize,
-    /// Every thread writes where it likes, not only in its own part
-    #[arg(long)]
-    overlap: bool,
-    /// Of a thousand writes, so many are followed by a flush
-    #[arg(long, default_value_t = 30)]
-    flush: u64,
-    /// Of a thousand writes, so many are with forced unit access
-    #[arg(long, default_value_t = 30)]
-    fua: u64,
+    /// Most writes a second, of all threads together; 0: as many as go
+    #[arg(long, default_value_t = 0)]
+    per_second: u64,
     /// Goes on after errors
     #[arg(long)]
     tolerate: bool,
@@ -69,8 +61,13 @@ struct CheckArgs {
     /// The images of all the devices that the log is of, in its order
     #[arg(required = true)]
     images: Vec<PathBuf>,
-    #[arg(long)]
-    log: PathBuf,
+    #[arg(long, required_unless_present = "predict")]
+    log: Option<PathBuf>,
+    /// Without a log, which a power cut takes along: what one thread with these options has written
+    #[arg(long, conflicts_with_all = ["log", "complete"])]
+    predict: bool,
+    #[command(flatten)]
+    shape: Shape,
     #[arg(long, default_value_t = 1)]
     generation: u32,
     /// Everything that ended has to be there
@@ -92,7 +89,7 @@ struct Shared<'a> {
     next: AtomicU64,
     sectors: Vec<u64>,
     block: u64,
-    until: Option<Instant>,
+    begin: Instant,
 }
 
 impl Shared<'_> {
@@ -102,7 +99,15 @@ impl Shared<'_> {
 
     fn goes_on(&self, write: u64) -> bool {
         let over = self.args.writes != 0 && write > self.args.writes;
-        !over && !stop::requested() && self.until.is_none_or(|until| Instant::now() < until)
+        let limit = self.args.seconds.map(Duration::from_secs);
+        !over && !stop::requested() && limit.is_none_or(|limit| self.begin.elapsed() < limit)
+    }
+
+    /// Waits until it is this write's turn.
+    fn pace(&self, write: u64) {
+        if let Some(due) = (write * 1_000_000).checked_div(self.args.per_second) {
+            thread::sleep(Duration::from_micros(due).saturating_sub(self.begin.elapsed()));
+        }
     }
 }
 
@@ -111,6 +116,8 @@ struct Log {
     writes: Vec<Vec<Write>>,
     errors: u64,
     flushes: u64,
+    /// The longest write or flush.
+    slowest: Duration,
 }
 
 fn write(args: &WriteArgs) -> Result<()> {
@@ -127,12 +134,10 @@ fn write(args: &WriteArgs) -> Result<()> {
         next: AtomicU64::new(1),
         sectors,
         block: block / SECTOR as u64,
-        until: args
-            .seconds
-            .map(|seconds| Instant::now() + Duration::from_secs(seconds)),
+        begin: Instant::now(),
     };
     let logs = thread::scope(|scope| {
-        let writers: Vec<_> = (0..args.threads)
+        let writers: Vec<_> = (0..args.shape.threads)
             .map(|index| {
                 scope.spawn({
                     let shared = &shared;
@@ -145,16 +150,8 @@ fn write(args: &WriteArgs) -> Result<()> {
             .map(|writer| writer.join().map_err(|_| anyhow!("a writer panicked"))?)
             .collect::<Result<Vec<Log>>>()
     })?;
-    for index in 0..args.devices.len() {
-        let mut file =
-            std::io::BufWriter::new(File::create(format!("{}.{index}", args.log.display()))?);
-        for write in logs
-            .iter()
-            .flat_map(|log| log.writes.iter().skip(index).take(1).flatten())
-        {
-            writeln!(file, "{write}")?;
-        }
-        file.flush()?;
+    if let Some(log) = &args.log {
+        write_log(log, args.devices.len(), &logs)?;
     }
     let total = |count: fn(&Log) -> u64| logs.iter().map(count).sum::<u64>();
     println!(
@@ -163,8 +160,24 @@ fn write(args: &WriteArgs) -> Result<()> {
             "writes": total(|log| log.writes.iter().map(|writes| writes.len() as u64).sum()),
             "errors": total(|log| log.errors),
             "flushes": total(|log| log.flushes),
+            "slowest_ms": logs.iter().map(|log| log.slowest.as_millis()).max(),
         })
     );
+    Ok(())
+}
+
+fn write_log(log: &Path, devices: usize, logs: &[Log]) -> Result<()> {
+    for index in 0..devices {
+        let mut file = std::io::BufWriter::new(File::create(format!("{}.{index}", log.display()))?);
+        for write in logs
+            .iter()
+            .filter_map(|log| log.writes.get(index))
+            .flatten()
+        {
+            writeln!(file, "{write}")?;
+        }
+        file.flush()?;
+    }
     Ok(())
 }
 
@@ -190,22 +203,23 @@ fn writer(shared: &Shared<'_>, thread: u32) -> Result<Log> {
             .collect::<Result<Vec<_>>>()
     };
     let (plain, durable) = (open(0)?, open(libc::O_DSYNC)?);
-    let mut random = Random::new(args.seed.wrapping_mul(1000) + u64::from(thread));
-    let mut buffer = Aligned::new(args.most.max(4096), 4096);
+    let mut plan = Plan::new(&args.shape, &shared.sectors, shared.block, thread);
+    let mut buffer = Aligned::new(args.shape.most.max(4096), 4096);
     let mut log = Log {
         writes: vec![Vec::new(); args.devices.len()],
         errors: 0,
         flushes: 0,
+        slowest: Duration::ZERO,
     };
     loop {
         let number = shared.next.fetch_add(1, Ordering::Relaxed);
+        shared.pace(number);
         if !shared.goes_on(number) {
             return Ok(log);
         }
-        let device = usize::try_from(random.below(args.devices.len() as u64))?;
-        let (start, sectors) = place(shared, thread, device, &mut random);
-        let bytes = usize::try_from(sectors)? * SECTOR;
-        for (sector, chunk) in (start..).zip(buffer[..bytes].chunks_exact_mut(SECTOR)) {
+        let next = plan.next()?;
+        let bytes = usize::try_from(next.sectors)? * SECTOR;
+        for (sector, chunk) in (next.start..).zip(buffer[..bytes].chunks_exact_mut(SECTOR)) {
             Stamp {
                 sector,
                 write: number,
@@ -214,74 +228,54 @@ fn writer(shared: &Shared<'_>, thread: u32) -> Result<Log> {
             }
             .fill(chunk);
         }
-        let fua = random.below(1000) < args.fua;
-        let file = if fua {
-            &durable[device]
-        } else {
-            &plain[device]
-        };
-        let began = shared.tick();
-        let outcome = file.write_all_at(&buffer[..bytes], start * SECTOR as u64);
+        let files = if next.fua { &durable } else { &plain };
+        let (begin, began) = (Instant::now(), shared.tick());
+        let outcome = files[next.device].write_all_at(&buffer[..bytes], next.start * SECTOR as u64);
         let ended = if outcome.is_ok() {
             shared.tick()
         } else {
             u64::MAX
         };
-        log.writes[device].push(Write {
+        log.writes[next.device].push(Write {
             write: number,
-            start,
-            sectors,
+            start: next.start,
+            sectors: next.sectors,
             began,
             ended,
         });
-        if random.below(1000) < args.flush && outcome.is_ok() {
-            log.errors += u64::from(plain[device].sync_data().is_err());
+        log.slowest = log.slowest.max(begin.elapsed());
+        if next.flush && outcome.is_ok() {
+            let begin = Instant::now();
+            log.errors += u64::from(plain[next.device].sync_data().is_err());
             log.flushes += 1;
+            log.slowest = log.slowest.max(begin.elapsed());
         }
         if let Err(error) = outcome {
             log.errors += 1;
             if !args.tolerate {
-                return Err(error)
-                    .context(format!("write {number} of {sectors} sectors at {start}"));
+                return Err(error).with_context(|| {
+                    format!(
+                        "write {number} of {} sectors at {}",
+                        next.sectors, next.start
+                    )
+                });
             }
         }
     }
 }
 
-/// Where the next write goes: small ones mostly, in whole blocks.
-fn place(shared: &Shared<'_>, thread: u32, device: usize, random: &mut Random) -> (u64, u64) {
-    let block = shared.block;
-    let most = (shared.args.most as u64 / SECTOR as u64 / block).max(1);
-    let log = random.below(u64::from(most.ilog2()) + 1);
-    let blocks = (1 + random.below(1 << log)).min(most);
-    let all = shared.sectors[device] / block;
-    let (from, count) = if shared.args.overlap {
-        (0, all)
-    } else {
-        let part = all / u64::from(shared.args.threads);
-        (part * u64::from(thread), part)
-    };
-    let start = from + random.below(count - blocks.min(count - 1));
-    (start * block, blocks * block)
-}
-
 fn check_image(args: &CheckArgs) -> Result<()> {
-    let mut log = Vec::new();
     let mut shown = Vec::new();
-    for (index, image) in args.images.iter().enumerate() {
-        // One device behind the other, as if they were one.
-        let base = shown.len() as u64;
-        let path = format!("{}.{index}", args.log.display());
-        let text = fs::read_to_string(&path).with_context(|| format!("no log {path}"))?;
-        for line in text.lines() {
-            let write = Write::parse(line).with_context(|| format!("no write: {line}"))?;
-            log.push(Write {
-                start: write.start + base,
-                ..write
-            });
-        }
-        read_image(image, base, args.generation, &mut shown)?;
+    // One device behind the other, as if they were one.
+    let mut bases = Vec::new();
+    for image in &args.images {
+        bases.push(shown.len() as u64);
+        read_image(image, shown.len() as u64, args.generation, &mut shown)?;
     }
+    let log = match &args.log {
+        Some(log) => read_log(log, &bases)?,
+        None => predict(args, &bases, &shown)?,
+    };
     let at_least = if args.complete { u64::MAX } else { 0 };
     match check(shown.into_iter(), 0, &log, args.generation, at_least) {
         Ok(prefix) => {
@@ -300,6 +294,53 @@ fn check_image(args: &CheckArgs) -> Result<()> {
             bail!("not a legal prefix: {} violations", violations.len())
         }
     }
+}
+
+fn read_log(log: &Path, bases: &[u64]) -> Result<Vec<Write>> {
+    let mut writes = Vec::new();
+    for (index, base) in bases.iter().enumerate() {
+        let path = format!("{}.{index}", log.display());
+        let text = fs::read_to_string(&path).with_context(|| format!("no log {path}"))?;
+        for line in text.lines() {
+            let write = Write::parse(line).with_context(|| format!("no write: {line}"))?;
+            writes.push(Write {
+                start: write.start + base,
+                ..write
+            });
+        }
+    }
+    Ok(writes)
+}
+
+/// What a single thread wrote, up to the latest write that is shown. Each began when the one before it had ended.
+fn predict(args: &CheckArgs, bases: &[u64], shown: &[Shown]) -> Result<Vec<Write>> {
+    ensure!(
+        args.shape.threads == 1,
+        "only what a single thread writes can be predicted"
+    );
+    let ends = bases.iter().skip(1).copied().chain([shown.len() as u64]);
+    let sectors: Vec<u64> = bases
+        .iter()
+        .zip(ends)
+        .map(|(base, end)| end - base)
+        .collect();
+    let latest = shown.iter().filter_map(|shown| match shown {
+        Shown::Stamped(stamp) => Some(stamp.write),
+        _ => None,
+    });
+    let mut plan = Plan::new(&args.shape, &sectors, 1, 0);
+    let mut writes = Vec::new();
+    for write in 1..=latest.max().unwrap_or(0).min(WRITES_MAX) {
+        let next = plan.next()?;
+        writes.push(Write {
+            write,
+            start: next.start + bases[next.device],
+            sectors: next.sectors,
+            began: 2 * write - 1,
+            ended: 2 * write,
+        });
+    }
+    Ok(writes)
 }
 
 fn read_image(image: &Path, base: u64, generation: u32, shown: &mut Vec<Shown>) -> Result<()> {

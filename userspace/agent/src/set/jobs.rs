@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, SyncRequest};
-use dtloop_core::mirror::{self, Event, Planner, Request};
+use dtloop_core::mirror::{self, Event, JobKind, Planner, Request};
 use dtloop_core::resync::Step;
 use dtloop_proto::Message;
 use dtloop_proto::message::{Marker, VolumeSync};
@@ -45,9 +45,12 @@ impl Worker {
         stream: &dyn CaptureStream,
         session: &mut Session,
     ) -> Result<bool, End> {
+        self.search_regions(stream)?;
         while let Some(event) = self.planner.as_mut().and_then(Planner::next_event) {
             self.on_event(stream, session, &event)?;
+            self.search_regions(stream)?;
         }
+        self.settle_regions(stream)?;
         let Some(planner) = &mut self.planner else {
             return Ok(false);
         };
@@ -70,10 +73,8 @@ impl Worker {
         session: &mut Session,
         event: &Event,
     ) -> Result<(), End> {
-        let is_mirror = self
-            .planner
-            .as_ref()
-            .is_some_and(|planner| planner.state().kind.is_mirror());
+        let kind = self.planner.as_ref().map(|planner| planner.state().kind);
+        let is_mirror = kind.is_some_and(JobKind::is_mirror);
         let position = session.core.next_to_send();
         match *event {
             Event::DeviceBegins { device } if is_mirror => {
@@ -85,14 +86,19 @@ impl Worker {
             }
             Event::DeviceDone { device } if is_mirror => {
                 self.memory.set_mirrored(device, true);
+                self.settle_device(stream, device)?;
                 let marker = Message::Marker(Marker::MirrorEnd { device });
                 session.outbox.message(session.id, position, &marker)?;
                 self.set_report(device, VolumeSync::Mirrored);
+                self.whole_at = self.whole_at.max(position);
                 self.set_resync_devices();
                 tracing::info!(
                     "Set \"{}\": the mirror of device {device} is complete.",
                     self.config.name
                 );
+            }
+            Event::DeviceDone { device } if kind == Some(JobKind::Recover) => {
+                self.settle_device(stream, device)?;
             }
             Event::DeviceBegins { .. } | Event::DeviceDone { .. } => {}
             Event::Over => self.end_job(stream),
@@ -116,6 +122,7 @@ impl Worker {
             return;
         };
         let state = planner.state().clone();
+        self.settled = None;
         if let Some(reason) = &state.failed {
             tracing::warn!(
                 "Set \"{}\": job {} ended before its time: {reason}.",
@@ -125,12 +132,29 @@ impl Worker {
         }
         self.memory.job = Some(state.clone());
         if let Some(job) = &mut self.job {
-            job.state = state;
+            job.state = state.clone();
             job.finished = Some(job.started.elapsed());
             job.finished_unix_ms = unix_ms();
             job.to_seq = stream.ring().next_seq();
             let job = &*job;
-            if !job.state.kind.is_mirror() {
+            if job.state.kind == JobKind::Recover {
+                for item in &job.state.devices {
+                    let recovery = job.recovery(item);
+                    tracing::info!(
+                        "Set \"{}\", volume \"{}\": {} marked regions, {} bytes compared, {} bytes in {} blocks differed, \
+                         {} bytes sent.",
+                        self.config.name,
+                        item.label,
+                        recovery.regions,
+                        recovery.compared_bytes,
+                        recovery.differing_bytes,
+                        recovery.differing_blocks,
+                        recovery.sent_bytes
+                    );
+                    self.last_recovery.retain(|other| other.label != item.label);
+                    self.last_recovery.push(recovery);
+                }
+            } else if !job.state.kind.is_mirror() {
                 for item in &job.state.devices {
                     let result = job.verify_result(item, 0);
                     tracing::info!(
@@ -149,7 +173,13 @@ impl Worker {
             }
         }
         self.published = Instant::now() - PUBLISH_EVERY;
-        self.evaluate(stream, None);
+        if state.kind == JobKind::Recover {
+            // What it sent lies behind the position that a pass under way would declare.
+            self.resync.on_loss();
+        }
+        let mut needs = self.needs(None);
+        needs.retain(|need| need.automatic);
+        self.mirror_needed(stream, &needs, None);
     }
 
     pub(super) fn drive_resync(
@@ -198,16 +228,14 @@ impl Worker {
                     }
                     Err(error) => return Err(error.into()),
                 },
+                Step::Declare { .. } if self.recovers(stream)? => {
+                    self.resync_after = Some(Instant::now() + RESYNC_RETRY);
+                    return Ok(true);
+                }
                 Step::Declare { at } => {
                     let marker = Message::Marker(Marker::OrderRestored);
                     session.outbox.message(session.id, at, &marker)?;
-                    if self.lost.is_some_and(|(_, last)| last < at) {
-                        tracing::info!(
-                            "Set \"{}\": the order is restored at record {at}.",
-                            self.config.name
-                        );
-                        self.lost = None;
-                    }
+                    self.whole_at = self.whole_at.max(at);
                     self.resync.on_declared();
                 }
             }

@@ -57,7 +57,9 @@ impl Worker {
             session.link.receive()?;
             self.take_messages(stream, session)?;
             self.release(stream, session)?;
+            self.tend_intents(stream, session)?;
             let waits = self.drive(stream, session)?;
+            self.restore_order(session.core.ack().applied_seq);
             if self.send_records(stream, session)? {
                 quiet = false;
                 self.publish_if_due(stream, session)?;
@@ -288,8 +290,10 @@ impl Worker {
                             report.text
                         );
                     }
-                    self.evaluate(stream, None);
+                    // A device that came back has its marks, too; none of it was held in its new place.
+                    self.evaluate(stream, session, None, &[])?;
                 }
+                Message::Past(past) => self.past = past,
                 Message::Notice(notice) => {
                     tracing::warn!(
                         "Set \"{}\", target {}: {}.",
@@ -311,6 +315,19 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// The order is whole again once the target has applied everything below the position that was declared.
+    fn restore_order(&mut self, applied_seq: u64) {
+        let at = self.whole_at;
+        let behind = |(_, last): (u64, u64)| last < at;
+        if applied_seq + 1 >= at && self.resync.is_idle() && self.lost.is_some_and(behind) {
+            tracing::info!(
+                "Set \"{}\": the order is restored at record {at}.",
+                self.config.name
+            );
+            self.lost = None;
+        }
     }
 
     pub(super) fn ping(&self, session: &mut Session) -> Result<(), End> {

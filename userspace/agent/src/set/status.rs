@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, Rates, SetStatus};
+use dtloop_core::mirror::JobKind;
 use dtloop_proto::Code;
 use dtloop_proto::message::{StagingPhase, VolumeSync};
 
@@ -67,7 +68,9 @@ impl Worker {
         let states = || snapshot.status.devices.iter().map(|device| &device.state);
         // What is staged is not in the volumes, where who waits will look for it.
         let direct = self.staging.phase == StagingPhase::Direct;
-        snapshot.settled = session.is_some()
+        let whole =
+            |session: &Session| session.core.ack().applied_seq.saturating_add(1) >= self.whole_at;
+        snapshot.settled = session.is_some_and(whole)
             && direct
             && self.resync.is_idle()
             && states().all(DeviceState::is_consistent);
@@ -156,7 +159,13 @@ impl Worker {
             .iter()
             .find(|result| result.label == device.label())
             .cloned();
+        let last_recovery = self
+            .last_recovery
+            .iter()
+            .find(|recovery| recovery.label == device.label())
+            .cloned();
         DeviceStatus {
+            last_recovery,
             device_id: device.device_id,
             number,
             label: device.label().to_owned(),
@@ -199,7 +208,8 @@ impl Worker {
         });
         let item = item.filter(|item| !item.ended);
         if let (Some(job), Some(item)) = (job, item) {
-            if job.state.kind.is_mirror() || (mirrored && self.lost.is_none()) {
+            let recovers = job.state.kind == JobKind::Recover && mirrored;
+            if job.state.kind.is_mirror() || recovers || (mirrored && self.lost.is_none()) {
                 return (job.device_state(item), job.state.reason.clone());
             }
         }
@@ -230,6 +240,16 @@ impl Worker {
                 }
                 _ => (DeviceState::Resyncing { pass }, reason),
             };
+        }
+        if self.staging.phase != StagingPhase::Direct {
+            let total_bytes = device.size_bytes();
+            let pass = Pass {
+                done_bytes: total_bytes.saturating_sub(self.staging.staged_bytes),
+                total_bytes,
+                ..Pass::default()
+            };
+            let reason = "the target writes what it staged into its volumes".to_owned();
+            return (DeviceState::Resyncing { pass }, reason);
         }
         (DeviceState::InSync, String::new())
     }

@@ -11,7 +11,7 @@ use dtloop_abi::{AttachRequest, Attached, Backing, Control, Name, StreamRequest,
 use nix::errno::Errno;
 use serde_json::json;
 
-use super::{Context, attached, gather::Gatherer, loop_path, plain};
+use super::{Context, attached, gather::Gatherer, intent, loop_path, plain};
 use crate::args::{Attach, LoopNumber, Policy};
 use crate::exit::Code;
 use crate::preflight::{Refusals, Wish, judge};
@@ -27,7 +27,9 @@ pub(crate) fn run(context: &Context<'_>, args: &Attach) -> anyhow::Result<Code> 
         check_device(context, args, dev, &devices)?;
         check_number(args, &devices)?;
         let stream = Stream::find_or_create(&control, args)?;
-        match attach(context, args, dev, &control, stream.id) {
+        let result = intent::provide(context, &control, args, stream.id, stream.created)
+            .and_then(|_| attach(context, args, dev, &control, stream.id));
+        match result {
             Ok(attached) => Ok((stream, attached)),
             Err(error) => {
                 stream.undo(&control);
@@ -200,6 +202,10 @@ fn attach(
         number: Some(number),
         stream_id,
         label: args.volume.unwrap_or(Name::EMPTY),
+        identity: context
+            .system
+            .name_of(dev)
+            .map_or([0; 16], |name| context.system.identity(&name, args.offset)),
         read_only: args.read_only,
         partscan: args.partscan,
     };

@@ -6,6 +6,7 @@ mod attach;
 mod detach;
 mod devices;
 mod gather;
+mod intent;
 mod jobs;
 mod progress;
 mod resize;

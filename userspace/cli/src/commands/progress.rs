@@ -143,6 +143,7 @@ const fn job(job: Job) -> &'static str {
         Job::FullMirror => "full mirror",
         Job::DifferenceMirror => "difference mirror",
         Job::Resync => "resync",
+        Job::Recovery => "recovery",
         Job::Verify => "verify",
     }
 }

@@ -3,13 +3,14 @@
 //! `dtloop resize` and `dtloop set`: changing what is there.
 
 use anyhow::Context as _;
+use dtloop_abi::Throttle;
 use dtloop_abi::raw::{self, SECTOR_BYTES};
 use serde_json::json;
 
 use super::detach::users;
 use super::{Context, attached, find_device, loop_path, patient};
-use crate::args::{Resize, Set};
-use crate::exit::Code;
+use crate::args::{Policy, Resize, Set};
+use crate::exit::{Code, Usage};
 use crate::preflight::Refusals;
 use crate::{output, size};
 
@@ -63,8 +64,19 @@ pub(crate) fn set(context: &Context<'_>, args: &Set) -> anyhow::Result<Code> {
         )?;
     }
     if let Some(policy) = args.policy {
+        let levels = [args.throttle_start, args.throttle_stop, args.throttle_delay];
+        if policy != Policy::Throttle && levels.iter().any(Option::is_some) {
+            let reason = "levels and delay belong to --policy throttle";
+            return Err(Usage(reason.to_owned()).into());
+        }
+        let [start_percent, stop_percent, delay_ms] = levels.map(|level| level.unwrap_or(0));
+        let throttle = Throttle {
+            start_percent,
+            stop_percent,
+            delay_ms,
+        };
         control
-            .set_policy(stream.stream_id, policy.to_raw())
+            .set_policy(stream.stream_id, policy.to_raw(), throttle)
             .with_context(|| format!("set {name} was not changed"))?;
         let policy = policy_name(policy.to_raw());
         let value = json!({ "set": name, "policy": policy });
@@ -91,6 +103,7 @@ pub(crate) const fn policy_name(policy: u32) -> &'static str {
     match policy {
         raw::POLICY_TRACK => "track",
         raw::POLICY_BLOCK => "block",
+        raw::POLICY_THROTTLE => "throttle",
         _ => "unknown",
     }
 }

@@ -4,12 +4,12 @@
 
 use std::time::Duration;
 
-use dtloop_abi::raw;
+use dtloop_abi::{Found, raw};
 use dtloop_api::{ClientError, Connection, DeviceState, DeviceStatus, SetStatus};
 use serde_json::{Map, Value, json};
 
 use super::resize::policy_name;
-use super::{Context, attached, loop_path};
+use super::{Context, attached, intent, loop_path};
 use crate::args::Status;
 use crate::exit::Code;
 use crate::preflight::Refusals;
@@ -44,6 +44,7 @@ struct Picture {
 struct Set {
     name: String,
     stream: Option<raw::StreamStatus>,
+    intent: Option<raw::IntentStatus>,
     agent: Option<SetStatus>,
     devices: Vec<Device>,
 }
@@ -64,6 +65,11 @@ impl Picture {
                 let streams = control.streams().collect::<Result<Vec<_>, _>>()?;
                 let devices = attached(&control)?;
                 picture.add_kernel(&streams, &devices);
+                for set in &mut picture.sets {
+                    let id = set.stream.as_ref().map(|stream| stream.stream_id);
+                    // The set may just have gone.
+                    set.intent = id.and_then(|id| control.intent_status(id).ok());
+                }
             }
             // Both sides are of use alone. Without either there is nothing to show.
             Err(error) if status.is_ok() => picture.module = Some(error.to_string()),
@@ -103,8 +109,8 @@ impl Picture {
             self.sets.push(Set {
                 name: stream.name().to_owned(),
                 stream: Some(*stream),
-                agent: None,
                 devices: devices.collect(),
+                ..Set::default()
             });
         }
     }
@@ -171,8 +177,9 @@ fn stream_json(stream: &raw::StreamStatus) -> Value {
     let mut object = fields!(StreamStatus {
         stream_id, flags, desc_count, payload_bytes, ring_bytes, next_seq, committed, released,
         epoch, used_bytes, sync_bytes, sync_bytes_max, gaps, gap_changes, gap_sectors, room_waits,
-        room_wait_ns, room_wait_ns_max, wakeups, bad_releases, devices;
-        name, stream_uuid, policy, desc_offset, payload_offset, reserved0, reserved
+        room_wait_ns, room_wait_ns_max, wakeups, bad_releases, devices, throttle_start, throttle_stop,
+        throttle_delay_ms, throttles, throttle_ns, throttle_ns_max;
+        name, stream_uuid, policy, desc_offset, payload_offset, reserved
     } = stream);
     object.insert("policy".into(), policy_name(stream.policy).into());
     let uuid = format!("{:032x}", u128::from_be_bytes(stream.stream_uuid));
@@ -183,10 +190,11 @@ fn stream_json(stream: &raw::StreamStatus) -> Value {
     object.into()
 }
 
-const STREAM_FLAGS: [(&str, u32); 3] = [
+const STREAM_FLAGS: [(&str, u32); 4] = [
     ("consumer", raw::STREAM_CONSUMER),
     ("gap", raw::STREAM_GAP),
     ("bad_consumer", raw::STREAM_BAD_CONSUMER),
+    ("throttling", raw::STREAM_THROTTLING),
 ];
 
 const DEVICE_FLAGS: [(&str, u32); 6] = [
@@ -203,9 +211,12 @@ fn device_json(device: &raw::DeviceStatus) -> Value {
         number, flags, stream_id, device_id, offset_bytes, limit_bytes, sectors, block_bytes,
         dirty_block_bytes, dirty_blocks, openers, in_flight, reads, read_sectors, writes,
         write_sectors, flushes, discards, discard_sectors, syncs, sync_sectors, tracked,
-        tracked_sectors, failed, gate_waits, nowait_retries, bypass_sectors;
-        backing_dev, loop_dev, backing_name, label, reserved
+        tracked_sectors, failed, gate_waits, nowait_retries, bypass_sectors, regions_marked,
+        regions_suspect;
+        backing_dev, loop_dev, backing_name, label, intent_found, reserved0, reserved
     } = device);
+    let found = Found::from_raw(device.intent_found).to_string();
+    object.insert("intent_found".into(), found.into());
     let dev = |raw| DevNumber::from_raw(raw).to_string();
     object.insert("backing".into(), device.backing_name().into());
     object.insert("backing_dev".into(), dev(device.backing_dev).into());
@@ -240,6 +251,7 @@ impl Picture {
             json!({
                 "name": set.name,
                 "kernel": set.stream.as_ref().map(stream_json),
+                "intent": set.intent.as_ref().map(intent::json),
                 "agent": agent,
                 "devices": devices.collect::<Vec<_>>(),
             })
@@ -307,6 +319,9 @@ impl Set {
         }
         if let Some(stream) = &self.stream {
             text += &format!("  ring     {}\n", ring(stream));
+        }
+        if let Some(intent) = &self.intent {
+            text += &format!("  intent   {}\n", intent::text(intent));
         }
         if self.devices.is_empty() {
             return text + "  no device\n";

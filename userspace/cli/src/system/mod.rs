@@ -2,6 +2,7 @@
 
 //! What the machine says about its block devices. Reads only.
 
+mod identity;
 mod mounts;
 mod signature;
 

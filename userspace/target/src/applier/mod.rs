@@ -45,7 +45,9 @@ use dtloop_core::schedule::Schedule;
 use dtloop_core::set::{Admission, SetState};
 use dtloop_disk::Disk;
 use dtloop_journal::{Position, Reader};
-use dtloop_proto::message::{DeviceOffer, Hello, Mismatch, StagingPhase, VolumeReport, Volumes};
+use dtloop_proto::message::{
+    DeviceOffer, Hello, Mismatch, Past, StagingPhase, VolumeReport, Volumes,
+};
 use dtloop_proto::{Code, Message, Uuid};
 use serde::{Deserialize, Serialize};
 
@@ -86,6 +88,8 @@ pub struct Entered {
     pub volumes: Vec<VolumeReport>,
     /// Where changes go.
     pub staging: StagingPhase,
+    /// What the volumes were worth until now.
+    pub past: Past,
 }
 
 /// What the applier is asked to do, in order.
@@ -353,6 +357,7 @@ impl Applier {
 
     fn take_up(&mut self, hello: &Hello, durable_seq: u64) -> Result<Entered, Refusal> {
         let known_stream = self.state.stream_uuid;
+        let past = self.state.past(&hello.devices, durable_seq);
         let admission = self.state.admit(hello, durable_seq)?;
         self.state.enter(hello, admission);
         if admission != Admission::Resume {
@@ -372,7 +377,15 @@ impl Applier {
             lost,
             volumes: self.reports(),
             staging: self.staging_phase(),
+            past: self.trusted(past),
         })
+    }
+
+    /// A volume that is refused now is worth nothing, whatever it was.
+    fn trusted(&self, mut past: Past) -> Past {
+        let bound = |device: &u32| self.volumes.contains_key(device);
+        past.mirrored.retain(bound);
+        past
     }
 
     /// Binds a device that joined or changed its size.
@@ -382,8 +395,13 @@ impl Applier {
     /// [`Pause`].
     pub fn bind(&mut self, offer: &DeviceOffer) -> Result<(), Pause> {
         self.checkpoint()?;
-        self.bind_device(offer, std::slice::from_ref(offer));
+        let offers = std::slice::from_ref(offer);
+        // What is applied is durable, and nothing else came before this.
+        let past = self.state.past(offers, self.state.applied_seq);
+        self.bind_device(offer, offers);
         self.checkpoint()?;
+        let past = Message::Past(self.trusted(past));
+        self.parts.outlet.send(&past);
         self.report_volumes();
         Ok(())
     }

@@ -93,8 +93,12 @@ impl Lab {
     }
 
     pub fn renew_stream(&mut self) {
+        self.renew_stream_as(*b"another stream!!");
+    }
+
+    pub fn renew_stream_as(&mut self, uuid: [u8; 16]) {
         let content = self.stream.content(self.device);
-        self.stream = FakeStream::new("db", 4 << 20, 1024).with_uuid(*b"another stream!!");
+        self.stream = FakeStream::new("db", 4 << 20, 1024).with_uuid(uuid);
         self.device = self.stream.attach(1, self.sectors, "vol");
         self.stream.set_content(self.device, &content);
     }
@@ -435,10 +439,11 @@ impl Drop for Agent {
     }
 }
 
-/// A network that cuts connections after a number of bytes, in either direction.
+/// A network that cuts connections after a number of bytes, in either direction, or is slow.
 pub struct Faults {
     pub address: SocketAddr,
     cutting: Arc<AtomicBool>,
+    slow: Arc<AtomicBool>,
     cuts: Arc<AtomicUsize>,
 }
 
@@ -451,6 +456,8 @@ impl Faults {
             Arc::new(AtomicUsize::new(0)),
         );
         let (flag, count) = (Arc::clone(&cutting), Arc::clone(&cuts));
+        let slow = Arc::new(AtomicBool::new(false));
+        let crawling = Arc::clone(&slow);
         std::thread::spawn(move || {
             for (index, client) in listener.incoming().enumerate() {
                 let Ok(client) = client else { return };
@@ -472,19 +479,28 @@ impl Faults {
                     ),
                 ] {
                     let (flag, count) = (Arc::clone(&flag), Arc::clone(&count));
-                    std::thread::spawn(move || relay(&mut from, &mut to, limit, &flag, &count));
+                    let crawling = Arc::clone(&crawling);
+                    std::thread::spawn(move || {
+                        relay(&mut from, &mut to, limit, &flag, &count, &crawling);
+                    });
                 }
             }
         });
         Self {
             address,
             cutting,
+            slow,
             cuts,
         }
     }
 
     pub fn cut_often(&self) {
         self.cutting.store(true, Ordering::Relaxed);
+    }
+
+    /// 5 MB a second at most.
+    pub fn crawl(&self) {
+        self.slow.store(true, Ordering::Relaxed);
     }
 
     pub fn heal(&self) {
@@ -502,11 +518,15 @@ fn relay(
     limit: u64,
     cutting: &AtomicBool,
     cuts: &AtomicUsize,
+    slow: &AtomicBool,
 ) {
     let mut buffer = [0; 5000];
     let mut moved = 0;
     while let Ok(bytes @ 1..) = from.read(&mut buffer) {
         moved += bytes as u64;
+        if slow.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let cut = cutting.load(Ordering::Relaxed) && moved > limit;
         let keep = if cut {
             bytes - (moved - limit).min(bytes as u64) as usize

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! After a crash of the source: only the regions that the intent map names are compared, if that is enough, and the
+//! reason is said if it is not.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::{Agent, Lab, random};
+use dtloop_abi::testing::REGION_SECTORS;
+use dtloop_abi::{Extent, raw};
+use dtloop_api::{MirrorKind, Recovery, Request, SetStatus};
+
+const SECTORS: u64 = 8192;
+
+/// The stream of a new [`Lab`].
+const FIRST: [u8; 16] = *b"fake stream uuid";
+
+fn region(number: u64) -> Extent {
+    Extent {
+        start_sector: number * REGION_SECTORS,
+        sectors: REGION_SECTORS,
+    }
+}
+
+fn intent(version: u64, acked: u64) -> raw::IntentStatus {
+    let mut status = raw::IntentStatus {
+        flags: raw::INTENT_ON,
+        found: raw::FOUND_KNOWN,
+        region_bytes: u32::try_from(REGION_SECTORS * 512).unwrap(),
+        version: version + 1,
+        found_version: version,
+        ..Default::default()
+    };
+    let current = raw::IntentBase {
+        stream_uuid: *b"another stream!!",
+        acked: 0,
+    };
+    let first = raw::IntentBase {
+        stream_uuid: FIRST,
+        acked,
+    };
+    (status.bases[0], status.bases[1]) = (first, current);
+    status
+}
+
+/// A set that was in sync when its source crashed. The agent told version 7 of the intent file.
+fn crashed() -> Lab {
+    let mut lab = Lab::new(SECTORS);
+    lab.fill();
+    let before = raw::IntentStatus {
+        version: 7,
+        found: raw::FOUND_NEW,
+        ..intent(7, 0)
+    };
+    lab.stream.set_intent(&before);
+    let mut agent = lab.start_agent(lab.start_target());
+    let request = Request::MirrorStart {
+        set: "db".into(),
+        devices: vec![],
+        kind: MirrorKind::Full,
+        follow: true,
+    };
+    agent.request(&request).unwrap();
+    agent.wait_in_sync();
+    agent.stop();
+    lab.renew_stream();
+    lab
+}
+
+/// Changes the device in a region as a write does that never left the source.
+fn lose(lab: &Lab, number: u64) {
+    let mut content = lab.stream.content(lab.device);
+    let at = usize::try_from(number * REGION_SECTORS * 512).unwrap();
+    content[at + 700..at + 800].copy_from_slice(&random(number, 100));
+    lab.stream.set_content(lab.device, &content);
+}
+
+fn recovery(status: &SetStatus) -> Option<Recovery> {
+    status.devices.first()?.last_recovery.clone()
+}
+
+fn finish(lab: &Lab, agent: &mut Agent) -> Option<Recovery> {
+    agent.wait_in_sync();
+    lab.assert_identical();
+    assert_eq!(lab.stream.suspects(lab.device), 0);
+    recovery(&agent.status())
+}
+
+#[test]
+fn only_marked_regions_are_compared_and_only_what_differs_is_sent() {
+    let lab = crashed();
+    lab.stream.set_intent(&intent(7, 1));
+    lab.stream
+        .mark_regions(lab.device, &[region(4), region(5), region(20)]);
+    lose(&lab, 5);
+    let mut agent = lab.start_agent(lab.start_target());
+    let cost = finish(&lab, &mut agent).unwrap();
+    assert!(cost.complete, "{cost:?}");
+    assert_eq!(cost.regions, 3);
+    assert_eq!(cost.compared_bytes, 3 * REGION_SECTORS * 512);
+    assert_eq!(
+        (cost.differing_blocks, cost.sent_bytes),
+        (1, REGION_SECTORS * 512)
+    );
+    agent.stop();
+}
+
+#[test]
+fn a_clean_end_costs_nothing() {
+    let lab = crashed();
+    lab.stream.set_intent(&intent(7, 1));
+    lab.stream.mark_regions(lab.device, &[]);
+    let mut agent = lab.start_agent(lab.start_target());
+    let cost = finish(&lab, &mut agent).unwrap();
+    assert_eq!((cost.regions, cost.compared_bytes), (0, 0));
+    agent.stop();
+}
+
+#[test]
+fn writes_go_on_during_a_recovery() {
+    let lab = crashed();
+    lab.stream.set_intent(&intent(7, 1));
+    let all: Vec<Extent> = (0..SECTORS / REGION_SECTORS).map(region).collect();
+    lab.stream.mark_regions(lab.device, &all);
+    for number in [0, 17, 63] {
+        lose(&lab, number);
+    }
+    let writer = lab.write_in_background(500);
+    let mut agent = lab.start_agent(lab.start_target());
+    writer.join().unwrap();
+    let cost = finish(&lab, &mut agent).unwrap();
+    assert_eq!(cost.regions, 64);
+    agent.stop();
+}
+
+#[test]
+fn a_recovery_that_was_cut_off_by_a_crash_is_taken_up() {
+    let mut lab = crashed();
+    lab.stream.set_intent(&intent(7, 1));
+    lab.stream.mark_regions(lab.device, &[region(4), region(9)]);
+    lose(&lab, 4);
+    lose(&lab, 9);
+    // The agent is gone before it has done anything, and the machine crashes again.
+    let agent = lab.start_agent(lab.start_target());
+    agent.wait_for(|status| status.sent_seq > 0);
+    agent.stop();
+    let mut again = intent(8, 1);
+    again.bases[2] = raw::IntentBase {
+        stream_uuid: *b"a third stream!!",
+        acked: 0,
+    };
+    lab.renew_stream_as(*b"a third stream!!");
+    lab.stream.set_intent(&again);
+    lab.stream.mark_regions(lab.device, &[region(4), region(9)]);
+    let mut agent = lab.start_agent(lab.start_target());
+    let cost = finish(&lab, &mut agent).unwrap();
+    assert_eq!(cost.regions, 2, "no full pass: {cost:?}");
+    agent.stop();
+}
+
+#[test]
+fn doubtful_marks_lead_to_a_comparison_of_everything_with_the_reason() {
+    type Spoil = fn(&mut raw::IntentStatus);
+    let cases: [(&str, Spoil); 6] = [
+        ("older copy (version 6", |status| status.found_version = 6),
+        ("does not go back", |status| {
+            status.bases[0].stream_uuid[0] ^= 1;
+        }),
+        ("has lost records", |status| status.bases[0].acked = 1 << 40),
+        ("could not be written", |status| {
+            status.flags = raw::INTENT_FAILED;
+        }),
+        ("damaged", |status| status.found = raw::FOUND_DAMAGED),
+        ("has no intent map", |status| {
+            *status = raw::IntentStatus::default();
+        }),
+    ];
+    for (reason, spoil) in cases {
+        let lab = crashed();
+        let mut status = intent(7, 1);
+        spoil(&mut status);
+        lab.stream.set_intent(&status);
+        // The marks lack what differs.
+        lab.stream.mark_regions(lab.device, &[region(1)]);
+        lose(&lab, 40);
+        let target = lab.start_target();
+        let mut agent = lab.start_agent(target);
+        agent.wait_for(|status| {
+            status
+                .devices
+                .iter()
+                .any(|device| device.reason.contains(reason))
+        });
+        assert_eq!(finish(&lab, &mut agent), None, "{reason}");
+        agent.stop();
+    }
+}
