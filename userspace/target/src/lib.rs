@@ -8,7 +8,7 @@
 //!             check the sequence
 //!             journal: one write, one fdatasync
 //!             acknowledge durable  <----------------------- acknowledge applied, hash results
-//!             pass the buffer on  --------------------->    write to the volumes in order
+//!             pass the buffer on  --------------------->    write to the volumes in order, or to overlays
 //!                                                           checkpoint: fdatasync the volumes,
 //!             use segments again  <-----------------------  make the state durable
 //! ```
