@@ -32,6 +32,7 @@ mod replication_refusals;
 mod replication_resync;
 mod replication_rig;
 mod replication_shaping;
+mod replication_staging;
 mod sets_database;
 mod sets_isolation;
 mod sets_order;

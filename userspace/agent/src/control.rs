@@ -178,6 +178,10 @@ fn carry_out(sets: &Sets, request: Request, answer: &mut Answer<'_>) -> Done {
             let bandwidth = ask(set!(set), |reply| Command::Bandwidth { change, reply });
             Ok(bandwidth.map(Outcome::Bandwidth))
         }
+        Request::ResyncInPlace { set } => {
+            let result = ask(set!(set), |reply| Command::InPlace { reply });
+            Ok(result.map(|_| Outcome::Ok))
+        }
         Request::Wait { set, timeout_ms } => wait(set!(set), timeout_ms, answer),
     }
 }

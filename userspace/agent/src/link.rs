@@ -3,9 +3,11 @@
 //! The connection of a set to its target: bytes in, bytes out, without ever being stuck in one
 //! direction. The place that will learn TLS.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dtloop_proto::{Decoded, FrameError, Header, Message, decode};
@@ -21,6 +23,12 @@ pub const SILENCE_MAX: Duration = Duration::from_secs(15);
 
 /// Most bytes that wait to be read out of [`Link::next_message`]: what a target says is small.
 const INBOX_BYTES_MAX: usize = 4 << 20;
+
+/// Most messages that wait while something is being sent: what a target says is about that and settles little of it.
+const STASH_MAX: usize = 64 << 10;
+
+/// How often a send that waits looks for something more urgent.
+const WATCH_EVERY: Duration = Duration::from_millis(250);
 
 /// Bytes read at once.
 const READ_BYTES: usize = 16 << 10;
@@ -49,13 +57,24 @@ pub enum LinkError {
     Flood,
 }
 
+/// Who is told what happens while a send waits for the target, which reads nothing when one of its disks fails or is full.
+pub trait Watcher: Send + Sync {
+    /// A message came; it is still to be taken by [`Link::next_message`].
+    fn heard(&self, message: &Message);
+
+    /// Whether to wait no longer.
+    fn must_end(&self) -> bool;
+}
+
 /// See the module documentation.
-#[derive(Debug)]
 pub struct Link {
     stream: TcpStream,
     chunk: Box<[u8]>,
     inbox: Vec<u8>,
     read: usize,
+    /// Messages that came while something was being sent.
+    stash: VecDeque<(Header, Message)>,
+    watcher: Arc<dyn Watcher>,
     /// When something was last received.
     pub heard: Instant,
     /// How long the socket took nothing while something was to be sent; whoever looks at it takes it.
@@ -68,7 +87,11 @@ impl Link {
     /// # Errors
     ///
     /// Why it could not.
-    pub fn connect(target: &str, transport: TransportKind) -> io::Result<Self> {
+    pub fn connect(
+        target: &str,
+        transport: TransportKind,
+        watcher: Arc<dyn Watcher>,
+    ) -> io::Result<Self> {
         let mut last = io::Error::new(
             io::ErrorKind::NotFound,
             "the name of the target has no address",
@@ -86,6 +109,8 @@ impl Link {
                         chunk,
                         inbox: vec![],
                         read: 0,
+                        stash: VecDeque::new(),
+                        watcher,
                         heard: Instant::now(),
                         blocked: Duration::ZERO,
                     });
@@ -156,14 +181,29 @@ impl Link {
                         return Err(LinkError::Silent);
                     }
                     let begin = Instant::now();
-                    let second = Duration::from_secs(1);
-                    self.wait(true, &[], left.map_or(second, |left| left.min(second)))?;
+                    self.wait(true, &[], left.map_or(WATCH_EVERY, |left| left.min(WATCH_EVERY)))?;
                     self.blocked += begin.elapsed();
                     self.receive()?;
+                    self.stash_messages()?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
+        }
+        Ok(())
+    }
+
+    fn stash_messages(&mut self) -> Result<(), LinkError> {
+        while let Some((header, message)) = self.decode_message()? {
+            self.watcher.heard(&message);
+            self.stash.push_back((header, message));
+        }
+        if self.stash.len() > STASH_MAX {
+            return Err(LinkError::Flood);
+        }
+        if self.watcher.must_end() {
+            let text = "something more urgent than what was being sent came up";
+            return Err(io::Error::new(io::ErrorKind::Interrupted, text).into());
         }
         Ok(())
     }
@@ -204,6 +244,13 @@ impl Link {
     ///
     /// If it is none.
     pub fn next_message(&mut self) -> Result<Option<(Header, Message)>, LinkError> {
+        match self.stash.pop_front() {
+            Some(message) => Ok(Some(message)),
+            None => self.decode_message(),
+        }
+    }
+
+    fn decode_message(&mut self) -> Result<Option<(Header, Message)>, LinkError> {
         match decode(&self.inbox[self.read..])? {
             Decoded::Incomplete { .. } => Ok(None),
             Decoded::Complete {

@@ -17,6 +17,7 @@ mod recovery;
 mod requests;
 mod shared;
 mod shipping;
+mod staging;
 mod status;
 
 use std::collections::VecDeque;
@@ -34,7 +35,8 @@ use dtloop_core::resync::Resync;
 use dtloop_core::source::{Resumed, SessionError, SourceSession};
 use dtloop_disk::{Disk, RealDisk};
 use dtloop_proto::message::{
-    DeviceOffer, Hello, Marker, Past, Refuse, VolumeReport, VolumeSync, Welcome,
+    DeviceOffer, Hello, Marker, Past, Refuse, Staging, StagingPhase, VolumeReport, VolumeSync,
+    Welcome,
 };
 use dtloop_proto::{Message, Uuid};
 
@@ -43,7 +45,7 @@ use shared::lock;
 pub use shared::{Command, SetShared};
 
 use crate::config::SetConfig;
-use crate::link::{Link, LinkError};
+use crate::link::{Link, LinkError, Watcher};
 use crate::shaper::Shaper;
 use crate::ship::{Outbox, ShipError};
 use crate::snapshot::{JobView, recovery};
@@ -108,6 +110,8 @@ enum End {
     Stream(String),
     #[error("it goes on behind records that are lost")]
     Lost,
+    #[error("an operator lets the target give up its last consistent state, which it is told now")]
+    InPlace,
     #[error("dtagent ends")]
     Stopping,
 }
@@ -199,6 +203,10 @@ pub struct Worker {
     /// What makes the copy whole was sent below this record: until the target has applied it, the copy is not.
     whole_at: u64,
     notice: Option<String>,
+    /// Where the target puts changes.
+    staging: Staging,
+    /// An operator lets the target give up its last consistent state; it is to be told.
+    in_place: bool,
     connection: Connection,
     totals: Totals,
     rates: Rates,
@@ -271,6 +279,8 @@ impl Worker {
             lost: None,
             whole_at: 0,
             notice: None,
+            staging: Staging::default(),
+            in_place: false,
             connection: Connection::Connecting {
                 reason,
                 retry_ms: 0,
@@ -517,8 +527,9 @@ impl Worker {
             reason,
             retry_ms: 0,
         };
-        let mut link =
-            Link::connect(&self.config.target, self.config.transport).map_err(LinkError::from)?;
+        let watcher = Arc::clone(&self.shared) as Arc<dyn Watcher>;
+        let mut link = Link::connect(&self.config.target, self.config.transport, watcher)
+            .map_err(LinkError::from)?;
         let (first_seq, next_seq) = (self.first_seq(stream), stream.ring().next_seq());
         let hello = Hello {
             version_min: dtloop_proto::VERSION_MIN,
@@ -531,7 +542,7 @@ impl Worker {
             first_seq,
             next_seq,
             devices: self.offers(),
-            options: vec![],
+            options: self.hello_options(),
         };
         let mut outbox = Outbox::default();
         outbox.message(0, 0, &Message::Hello(hello))?;
@@ -583,9 +594,14 @@ impl Worker {
         welcome: Welcome,
         resumed: Resumed,
     ) -> Result<(), End> {
+        self.staging = Staging {
+            phase: StagingPhase::of(&welcome.options),
+            ..Staging::default()
+        };
         self.reports = welcome.volumes;
         self.lost = (welcome.lost_from != 0).then_some((welcome.lost_from, welcome.lost_last));
         self.notice = None;
+        self.in_place = false;
         let broken = match resumed {
             Resumed::Continues => None,
             Resumed::NewStream if welcome.known_stream.is_none() => {

@@ -244,6 +244,7 @@ impl Snapshot {
                 shaping: dtloop_api::Shaping::default(),
                 ladder: dtloop_api::Ladder::default(),
                 queue: None,
+                staging: None,
                 devices: vec![],
             },
             job: None,

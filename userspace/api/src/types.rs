@@ -72,6 +72,12 @@ pub enum Request {
         #[serde(default)]
         follow: bool,
     },
+    /// Let the target give up the last consistent state of its volumes for this once, so that a resync or mirror needs
+    /// no space beside them. Answered by [`Outcome::Ok`].
+    ResyncInPlace {
+        /// The set.
+        set: String,
+    },
     /// Wait until the target has applied everything written before the request. Answered by
     /// [`Outcome::Wait`], or [`FailureCode::TimedOut`].
     Wait {
@@ -352,6 +358,9 @@ pub struct SetStatus {
     /// The disk queue; none is configured without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue: Option<QueueStatus>,
+    /// What the target keeps beside its volumes; none: nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub staging: Option<StagingStatus>,
     /// The devices, by loop number.
     pub devices: Vec<DeviceStatus>,
 }
@@ -440,6 +449,20 @@ pub struct QueueStatus {
     /// Age of the oldest record in it; none: it is empty, or that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oldest_ms: Option<u64>,
+}
+
+/// The target keeps changes beside its volumes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagingStatus {
+    /// `staged`: the volumes keep the last consistent state. `publishing`: the set is consistent again, and what was staged is
+    /// being written into the volumes.
+    pub phase: String,
+    /// Bytes that are beside the volumes.
+    pub staged_bytes: u64,
+    /// While it is staged, the last record in the volumes.
+    pub consistent_seq: u64,
+    /// When that was made, milliseconds since 1970-01-01 UTC by the source's clock.
+    pub consistent_unix_ms: u64,
 }
 
 /// Averages over the last seconds.

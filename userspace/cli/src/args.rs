@@ -71,6 +71,8 @@ pub(crate) enum Command {
     Mirror(Mirror),
     /// Compare source and target
     Verify(Verify),
+    /// Decide how the target is brought up to date
+    Resync(Resync),
     /// Wait until the target has everything written before the call
     Wait(Wait),
     /// Show or change how much a set may send
@@ -291,6 +293,18 @@ pub(crate) struct Verify {
     /// Return at once; dtloop status shows the result
     #[arg(long)]
     pub(crate) background: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub(crate) struct Resync {
+    /// The replication set
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
+    pub(crate) set: Name,
+    /// Let the target give up the last consistent state of its volumes for this once: the resync or mirror under way
+    /// needs no space beside them then, and they are of no use until it is complete
+    #[arg(long, required = true)]
+    pub(crate) in_place: bool,
 }
 
 #[derive(Debug, Args)]

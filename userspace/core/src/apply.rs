@@ -2,9 +2,9 @@
 
 //! What a record does to its volume.
 //!
-//! Records are applied in the order of the stream, each at once (window 0). Later, records of one
-//! epoch that do not overlap can be applied in parallel, and the volume can trail the journal by
-//! a window; both belong between the journal and this function, which stays as it is.
+//! Records are applied in the order of the stream, each at once (window 0), or several of an epoch at the same time
+//! ([`crate::schedule`]). Later, the volume can trail the journal by a window, which belongs between the journal and this
+//! function.
 //!
 //! Applying a record twice gives the same volume, which is what makes replay after a crash right:
 //! every range that a record touches is overwritten by all later records of the replay as well.

@@ -18,6 +18,9 @@ pub struct Binding {
     pub set: String,
     /// The label of its device; the volume's own name.
     pub label: String,
+    /// The volume was settled for use on the target: the source may not overwrite it.
+    #[serde(default)]
+    pub released: bool,
 }
 
 /// A refusal: the code for programs, the text for people.
@@ -57,7 +60,11 @@ pub fn admit(
         source_id,
         set: set.to_owned(),
         label: offer.label.clone(),
+        released: false,
     };
+    if bound.is_some_and(|bound| bound.released) {
+        return Err(released(&offer.label));
+    }
     if let Some(bound) = bound.filter(|bound| **bound != wanted) {
         return Err(Refusal::new(
             Code::FOREIGN_SOURCE,
@@ -79,6 +86,16 @@ pub fn admit(
         ));
     }
     Ok(wanted)
+}
+
+/// The refusal for a device whose volume was settled.
+#[must_use]
+pub fn released(label: &str) -> Refusal {
+    let text = format!(
+        "Volume \"{label}\" was settled to be used on the target; if the source may overwrite it, run \"dttarget volume \
+         unbind {label}\" there"
+    );
+    Refusal::new(Code::VOLUME_BUSY, text)
 }
 
 /// The refusal for a device without a label, or with one that another device of the set has.
@@ -137,6 +154,12 @@ mod tests {
                 .unwrap_err()
                 .code
         };
+        let settled = Binding {
+            released: true,
+            ..bound.clone()
+        };
+        let error = admit(one, "db", &offer(8), Some(&settled), 4096).unwrap_err();
+        assert_eq!(error.code, Code::VOLUME_BUSY);
         assert_eq!(refused(two, "db"), Code::FOREIGN_SOURCE);
         assert_eq!(refused(one, "other"), Code::FOREIGN_SOURCE);
     }

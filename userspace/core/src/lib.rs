@@ -23,6 +23,8 @@
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
 //! | target | [`apply`] | what a record does to a volume |
 //! | target | [`binding`] | whom a volume belongs to |
+//! | target | [`overlay`] | which blocks of a volume are staged, and how that is written down |
+//! | target | [`parallel`] | which records may be applied at the same time |
 
 #![forbid(unsafe_code)]
 
@@ -32,7 +34,9 @@ pub mod binding;
 pub mod coverage;
 pub mod ladder;
 pub mod mirror;
+pub mod overlay;
 pub mod pace;
+pub mod parallel;
 pub mod rate;
 pub mod replica;
 pub mod resync;

@@ -16,7 +16,7 @@
 //! `Mirrored` alone does not mean "in sync": that also needs the set's order, see [`Lost`], and
 //! that records of the device are being applied. [`SetState::in_sync`] is the one place that says so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use dtloop_proto::message::{DeviceOffer, Hello, Marker, Past, VolumeReport, VolumeSync};
 use dtloop_proto::{Code, Op, RecordBody, Uuid};
@@ -44,6 +44,42 @@ pub struct Consistent {
     pub stream_uuid: Uuid,
     /// The last record applied then.
     pub seq: u64,
+    /// When that record was made, in nanoseconds of the source's clock; 0: unknown.
+    #[serde(default)]
+    pub time_ns: u64,
+}
+
+/// Where the truth about the staged volumes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// The volumes are as they were when they were last consistent; changes go to the overlays.
+    Staged,
+    /// The overlays over the volumes are what the target holds; the overlays are being written into the volumes.
+    Publishing,
+}
+
+/// Changes are kept beside the volumes. All staged volumes of a set change over to a new phase at once, by the one write of
+/// the set's state file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Number of the stage; the names of its files have it.
+    pub number: u64,
+    /// Where the truth is.
+    pub phase: Phase,
+    /// The volumes concerned.
+    pub labels: BTreeSet<String>,
+    /// What they hold while they are [`Phase::Staged`].
+    pub since: Consistent,
+}
+
+/// A stage that has to begin before anything more is applied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// The volumes that were consistent.
+    pub labels: BTreeSet<String>,
+    /// When.
+    pub since: Consistent,
 }
 
 /// [`VolumeSync`] in the state file.
@@ -103,9 +139,24 @@ pub struct SetState {
     pub stream_uuid: Uuid,
     /// Last record applied.
     pub applied_seq: u64,
+    /// When it was made, in nanoseconds of the source's clock.
+    #[serde(default)]
+    pub applied_time_ns: u64,
     /// Whether the order is lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<Lost>,
+    /// Changes are staged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stage: Option<Stage>,
+    /// Changes have to be staged from here on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted: Option<Wanted>,
+    /// Number of the last stage.
+    #[serde(default)]
+    pub stages: u64,
+    /// An operator gave up the last consistent state: until the set is consistent again, nothing is staged.
+    #[serde(default)]
+    pub in_place: bool,
     /// Volumes by label.
     pub volumes: BTreeMap<String, VolumeState>,
     /// The last version of the source's intent file that was told.
@@ -139,7 +190,12 @@ impl SetState {
             generation: 0,
             stream_uuid: Uuid::NONE,
             applied_seq: 0,
+            applied_time_ns: 0,
             lost: None,
+            stage: None,
+            wanted: None,
+            stages: 0,
+            in_place: false,
             volumes: BTreeMap::new(),
             intent_version: 0,
         }
@@ -205,6 +261,10 @@ impl SetState {
 
     /// Takes up what [`SetState::admit`] found, once everything received before has been applied.
     pub fn enter(&mut self, hello: &Hello, admission: Admission) {
+        self.watch(|state| state.take_up(hello, admission));
+    }
+
+    fn take_up(&mut self, hello: &Hello, admission: Admission) {
         self.generation = hello.generation;
         match admission {
             Admission::Resume => {}
@@ -226,6 +286,164 @@ impl SetState {
         }
     }
 
+    /// Makes a change, and wants a stage if a volume was consistent before it and no longer is. No such change
+    /// touches the content of a volume itself, so the volumes are still what they were.
+    fn watch(&mut self, change: impl FnOnce(&mut Self)) {
+        let (labels, since) = (self.consistent_labels(), self.moment());
+        change(self);
+        let broken = labels.iter().any(|label| !self.in_sync(label));
+        let staged = matches!(&self.stage, Some(stage) if stage.phase == Phase::Staged);
+        if broken && !staged && !self.in_place && self.wanted.is_none() {
+            self.wanted = Some(Wanted { labels, since });
+        }
+        if self.in_place && self.is_consistent() {
+            self.in_place = false;
+        }
+    }
+
+    /// The volumes that are in sync.
+    #[must_use]
+    pub fn consistent_labels(&self) -> BTreeSet<String> {
+        let labels = self.volumes.keys();
+        labels
+            .filter(|label| self.in_sync(label))
+            .cloned()
+            .collect()
+    }
+
+    /// Whether all volumes that the stream feeds are in sync.
+    fn is_consistent(&self) -> bool {
+        let mut fed = self.volumes.iter().filter(|(_, volume)| volume.device != 0);
+        self.lost.is_none() && fed.all(|(label, _)| self.in_sync(label))
+    }
+
+    fn moment(&self) -> Consistent {
+        Consistent {
+            stream_uuid: self.stream_uuid,
+            seq: self.applied_seq,
+            time_ns: self.applied_time_ns,
+        }
+    }
+
+    /// Where changes of a volume go: the phase of the stage, if the volume is staged.
+    #[must_use]
+    pub fn phase_of(&self, label: &str) -> Option<Phase> {
+        let stage = self.stage.as_ref()?;
+        stage.labels.contains(label).then_some(stage.phase)
+    }
+
+    /// Begins the stage that is wanted, with those of its volumes that `may` be staged.
+    pub fn begin_stage(&mut self, may: impl Fn(&str) -> bool) {
+        let Some(mut wanted) = self.wanted.take() else {
+            return;
+        };
+        wanted.labels.retain(|label| may(label));
+        if wanted.labels.is_empty() {
+            return;
+        }
+        self.stages += 1;
+        self.stage = Some(Stage {
+            number: self.stages,
+            phase: Phase::Staged,
+            labels: wanted.labels,
+            since: wanted.since,
+        });
+    }
+
+    /// Whether the staged volumes are consistent again, so that they can be published. A volume whose device is not in the
+    /// stream any more does not hold the others back.
+    #[must_use]
+    pub fn is_publishable(&self) -> bool {
+        let Some(stage) = self
+            .stage
+            .as_ref()
+            .filter(|stage| stage.phase == Phase::Staged)
+        else {
+            return false;
+        };
+        let fed = |label: &&String| {
+            let volume = self.volumes.get(*label);
+            volume.is_some_and(|volume| volume.device != 0)
+        };
+        let mut fed = stage.labels.iter().filter(fed).peekable();
+        fed.peek().is_some() && fed.all(|label| self.in_sync(label))
+    }
+
+    /// From here on the overlays over the volumes are the truth. A volume that the stream does not feed keeps what
+    /// it last held; gives the names of those.
+    pub fn publish(&mut self) -> Vec<String> {
+        let volumes = &self.volumes;
+        let Some(stage) = &mut self.stage else {
+            return vec![];
+        };
+        let left = |label: &&String| volumes.get(*label).is_none_or(|volume| volume.device == 0);
+        let left: Vec<String> = stage.labels.iter().filter(left).cloned().collect();
+        stage.labels.retain(|label| !left.contains(label));
+        stage.phase = Phase::Publishing;
+        left
+    }
+
+    /// An operator gives up the last consistent state, for this once.
+    pub fn give_up_stage(&mut self) {
+        if self.is_consistent() && self.wanted.is_none() {
+            return;
+        }
+        self.in_place = true;
+        self.wanted = None;
+        if let Some(stage) = &mut self.stage {
+            stage.phase = Phase::Publishing;
+        }
+    }
+
+    /// What is staged is lost, or left out: the volumes are what they are without it. One that is half published is no
+    /// state of the source.
+    pub fn abandon_stage(&mut self) {
+        let Some(stage) = self.stage.take() else {
+            return;
+        };
+        let since = (stage.phase == Phase::Staged).then_some(stage.since);
+        for label in &stage.labels {
+            self.distrust(label);
+            if let Some(volume) = self.volumes.get_mut(label) {
+                volume.consistent = since;
+            }
+        }
+    }
+
+    /// The volumes are settled, to be used on the target: they keep what they hold, and nothing is applied to them any more.
+    /// From here on [`VolumeState::consistent`] says what that is, or nothing if it is between two states.
+    pub fn release(&mut self) {
+        let staged = self.stage.as_ref().map(|stage| stage.labels.clone());
+        let staged = staged.unwrap_or_default();
+        self.abandon_stage();
+        let (now, whole) = (self.moment(), self.consistent_labels());
+        for (label, volume) in &mut self.volumes {
+            if whole.contains(label) {
+                volume.consistent = Some(now);
+            } else if !staged.contains(label) {
+                volume.consistent = None;
+            }
+            let refusal = crate::binding::released(label);
+            volume.refused = Some((refusal.code.0, refusal.text));
+            volume.sync = Sync::Unmirrored;
+        }
+        (self.wanted, self.in_place) = (None, false);
+    }
+
+    /// Forgets a volume.
+    pub fn remove(&mut self, label: &str) {
+        self.volumes.remove(label);
+        if let Some(wanted) = &mut self.wanted {
+            wanted.labels.remove(label);
+        }
+        if let Some(stage) = &mut self.stage {
+            stage.labels.remove(label);
+            if stage.labels.is_empty() {
+                self.stage = None;
+            }
+        }
+    }
+
     fn distrust_all(&mut self) {
         let labels: Vec<String> = self.volumes.keys().cloned().collect();
         for label in labels {
@@ -235,10 +453,10 @@ impl SetState {
 
     /// The volume is no longer known to be equal to its device.
     pub fn distrust(&mut self, label: &str) {
-        let (stream_uuid, seq, whole) = (self.stream_uuid, self.applied_seq, self.lost.is_none());
+        let (moment, seq, whole) = (self.moment(), self.applied_seq, self.lost.is_none());
         if let Some(volume) = self.volumes.get_mut(label) {
             if volume.sync == Sync::Mirrored && whole {
-                volume.consistent = Some(Consistent { stream_uuid, seq });
+                volume.consistent = Some(moment);
             }
             if volume.sync != Sync::Unmirrored {
                 volume.sync = Sync::Unmirrored;
@@ -257,6 +475,7 @@ impl SetState {
                 volume.consistent = Some(Consistent {
                     stream_uuid: self.stream_uuid,
                     seq: from.saturating_sub(1),
+                    time_ns: self.applied_time_ns,
                 });
             }
         }
@@ -270,6 +489,16 @@ impl SetState {
 
     /// A device was bound to its volume, or refused.
     pub fn bind(&mut self, label: &str, device: u32, sectors: u64, refused: Option<&Refusal>) {
+        self.watch(|state| state.take_up_device(label, device, sectors, refused));
+    }
+
+    fn take_up_device(
+        &mut self,
+        label: &str,
+        device: u32,
+        sectors: u64,
+        refused: Option<&Refusal>,
+    ) {
         let seq = self.applied_seq;
         let volume = self.volumes.entry(label.to_owned()).or_insert(VolumeState {
             device,
@@ -302,7 +531,7 @@ impl SetState {
     pub fn on_record(&mut self, seq: u64, body: &RecordBody) {
         debug_assert_eq!(seq, self.applied_seq + 1);
         if body.loses_order() {
-            self.lose(seq, seq, Code::OK);
+            self.watch(|state| state.lose(seq, seq, Code::OK));
         }
         if body.op == Op::Resize && body.is_committed() {
             if let Some(volume) = self
@@ -314,17 +543,22 @@ impl SetState {
             }
         }
         self.applied_seq = seq;
+        self.applied_time_ns = body.time_ns;
     }
 
     /// A record passed a volume by: it was refused, or does not reach as far.
     pub fn on_passed_by(&mut self, device: u32) {
         if let Some(label) = self.label_of(device).map(str::to_owned) {
-            self.distrust(&label);
+            self.watch(|state| state.distrust(&label));
         }
     }
 
     /// A marker took its place.
     pub fn on_marker(&mut self, position: u64, marker: Marker) {
+        self.watch(|state| state.take_marker(position, marker));
+    }
+
+    fn take_marker(&mut self, position: u64, marker: Marker) {
         match marker {
             Marker::MirrorBegin { device } => {
                 self.on_passed_by(device);
@@ -345,6 +579,8 @@ impl SetState {
                     }
                 }
             }
+            // Of concern only to the space that is kept for staging.
+            Marker::Plan { .. } => {}
             Marker::OrderLost { code } => self.lose(position, position, code),
             Marker::Covered { device } => {
                 // First, while the volume is worth nothing: it is equal to no state of the present stream yet.
@@ -570,6 +806,103 @@ mod tests {
             "a clone of the source"
         );
         assert_eq!(code(&hello(1, 1, 1, 5)), Code::TARGET_AHEAD);
+    }
+
+    #[test]
+    fn what_breaks_a_consistent_set_wants_a_stage_and_what_mends_it_publishes() {
+        let gap = record(Op::Gap, STATE_COMMITTED);
+        let mut state = mirrored();
+        state.bind("other", 2, 64, None);
+        assert_eq!(state.wanted, None, "a volume that never was consistent");
+        state.on_marker(2, Marker::MirrorBegin { device: 2 });
+        assert_eq!(state.wanted, None);
+        state.on_record(2, &gap);
+        let wanted = state.wanted.clone().unwrap();
+        assert_eq!((wanted.labels.len(), wanted.since.seq), (1, 1));
+        state.begin_stage(|_| true);
+        assert_eq!(state.phase_of("vol"), Some(Phase::Staged));
+        assert_eq!(state.phase_of("other"), None, "nothing to protect");
+        state.on_record(3, &gap);
+        assert_eq!(state.wanted, None, "once is enough");
+        state.on_marker(3, Marker::OrderRestored);
+        assert!(!state.is_publishable());
+        state.on_marker(4, Marker::OrderRestored);
+        assert!(state.is_publishable());
+        assert!(state.publish().is_empty());
+        assert_eq!(state.phase_of("vol"), Some(Phase::Publishing));
+        state.on_record(4, &gap);
+        assert!(
+            state.wanted.is_some(),
+            "the next one waits for the end of this one"
+        );
+
+        // A mirror of one volume stages all that were consistent.
+        let mut state = mirrored();
+        state.bind("other", 2, 64, None);
+        state.on_marker(2, Marker::MirrorBegin { device: 2 });
+        state.on_marker(2, Marker::MirrorEnd { device: 2 });
+        state.on_marker(2, Marker::MirrorBegin { device: 1 });
+        state.begin_stage(|_| true);
+        assert_eq!(
+            state.stage.as_ref().map(|stage| stage.labels.len()),
+            Some(2)
+        );
+        // A volume whose device is gone holds nothing back, and keeps its state.
+        state.enter(&hello(2, 2, 1, 10), Admission::NewStream);
+        state.bind("vol", 1, 64, None);
+        assert!(!state.is_publishable());
+        state.on_marker(1, Marker::MirrorBegin { device: 1 });
+        state.on_marker(1, Marker::MirrorEnd { device: 1 });
+        assert!(state.is_publishable());
+        assert_eq!(state.publish(), ["other"]);
+    }
+
+    #[test]
+    fn settled_volumes_say_what_they_hold() {
+        let moment = |state: &SetState, label: &str| state.volumes[label].consistent.map(|c| c.seq);
+        let mut whole = mirrored();
+        whole.release();
+        assert_eq!(moment(&whole, "vol"), Some(1));
+        assert!(!whole.in_sync("vol"));
+
+        // A mirror of one: the other one is staged as well, and has its state of before.
+        let mut state = mirrored();
+        state.bind("other", 2, 64, None);
+        state.on_marker(2, Marker::MirrorBegin { device: 2 });
+        state.on_marker(2, Marker::MirrorEnd { device: 2 });
+        state.on_marker(2, Marker::MirrorBegin { device: 2 });
+        state.begin_stage(|_| true);
+        state.on_record(2, &record(Op::Write, STATE_COMMITTED));
+        let mut given_up = state.clone();
+        state.release();
+        assert_eq!(
+            (moment(&state, "vol"), moment(&state, "other")),
+            (Some(1), Some(1))
+        );
+        given_up.give_up_stage();
+        given_up.stage = None;
+        given_up.release();
+        assert_eq!(moment(&given_up, "other"), None, "it is between two states");
+    }
+
+    #[test]
+    fn a_consistent_state_that_was_given_up_is_not_missed_until_there_is_another() {
+        let gap = record(Op::Gap, STATE_COMMITTED);
+        let mut state = mirrored();
+        state.give_up_stage();
+        assert!(!state.in_place, "there is nothing to give up");
+        state.on_record(2, &gap);
+        state.give_up_stage();
+        assert_eq!((state.in_place, &state.wanted), (true, &None));
+        state.on_record(3, &gap);
+        state.on_passed_by(1);
+        assert_eq!(state.wanted, None);
+        state.on_marker(4, Marker::OrderRestored);
+        state.on_marker(4, Marker::MirrorBegin { device: 1 });
+        state.on_marker(4, Marker::MirrorEnd { device: 1 });
+        assert!(state.in_sync("vol") && !state.in_place);
+        state.on_record(4, &gap);
+        assert!(state.wanted.is_some());
     }
 
     #[test]

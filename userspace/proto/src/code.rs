@@ -71,6 +71,8 @@ codes! {
     LABEL_TWICE = 18, "label-twice";
     /// What the target remembers of the set is damaged.
     STATE_DAMAGED = 19, "state-damaged";
+    /// The staging area has no space, or cannot be written.
+    STAGING = 20, "staging";
 }
 
 impl Code {
@@ -85,6 +87,7 @@ impl Code {
                 | Self::JOURNAL_IO
                 | Self::VOLUME_IO
                 | Self::VOLUME_FULL
+                | Self::STAGING
         )
     }
 }

@@ -83,6 +83,8 @@ message_types! {
     Notice = 0x33;
     /// Target to source: what the volumes were worth so far.
     Past = 0x38;
+    /// Target to source: where changes go.
+    Staging = 0x39;
     /// Are you there?
     Ping = 0x40;
     /// Yes.

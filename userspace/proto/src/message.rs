@@ -164,6 +164,16 @@ pub enum Marker {
         /// Version.
         version: u64,
     },
+    /// So much of the device is about to be sent again, by a resync or by a mirror. Said before it begins, so that the target
+    /// can say whether it has the space to stage it.
+    Plan {
+        /// Device id.
+        device: u32,
+        /// At least so many bytes; less, if they are zeroes.
+        least_bytes: u64,
+        /// At most so many bytes.
+        most_bytes: u64,
+    },
 }
 
 /// Target to source: how far it is.
@@ -231,6 +241,64 @@ pub struct Notice {
     pub text: String,
 }
 
+/// How the target keeps its volumes consistent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[repr(u8)]
+pub enum StagingPhase {
+    /// Changes go to the volumes.
+    #[default]
+    Direct,
+    /// Changes go to the staging area; the volumes keep the last consistent state.
+    Staged,
+    /// The set is consistent again, and what was staged is being written into the volumes.
+    Publishing,
+}
+
+/// Target to source: where changes go. Sent when that changes, and now and then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Staging {
+    /// Where they go.
+    pub phase: StagingPhase,
+    /// Bytes in the staging area.
+    pub staged_bytes: u64,
+    /// The last consistent state that the volumes can be used at: its last record; 0: none.
+    pub consistent_seq: u64,
+    /// When that was made, in nanoseconds of the source's clock.
+    pub consistent_time_ns: u64,
+}
+
+/// Key of [`Hello::options`]: an operator lets the target give up the last consistent state of the set for this once. The
+/// value is empty.
+pub const OPTION_IN_PLACE: u16 = 30;
+
+/// Key of [`Welcome::options`]: where changes go. The value is one byte, the number of the [`StagingPhase`].
+pub const OPTION_STAGING: u16 = 31;
+
+impl StagingPhase {
+    /// The phase in a welcome: [`Self::Direct`] if it says nothing.
+    #[must_use]
+    pub fn of(options: &[HandshakeOption]) -> Self {
+        let option = options.iter().find(|option| option.key == OPTION_STAGING);
+        match option.map(|option| &option.value[..]) {
+            Some([1]) => Self::Staged,
+            Some([2]) => Self::Publishing,
+            _ => Self::Direct,
+        }
+    }
+
+    /// The option for a welcome; none for [`Self::Direct`].
+    #[must_use]
+    pub fn option(self) -> Option<HandshakeOption> {
+        let value = match self {
+            Self::Direct => return None,
+            Self::Staged => vec![1],
+            Self::Publishing => vec![2],
+        };
+        let key = OPTION_STAGING;
+        Some(HandshakeOption { key, value })
+    }
+}
+
 /// Any control message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -252,6 +320,8 @@ pub enum Message {
     Volumes(Volumes),
     /// See [`Notice`].
     Notice(Notice),
+    /// See [`Staging`].
+    Staging(Staging),
     /// See [`Past`].
     Past(Past),
     /// A number to be returned.
@@ -337,6 +407,7 @@ impl Message {
             Self::Verified(_) => MessageType::Verified,
             Self::Volumes(_) => MessageType::Volumes,
             Self::Notice(_) => MessageType::Notice,
+            Self::Staging(_) => MessageType::Staging,
             Self::Past(_) => MessageType::Past,
             Self::Ping(_) => MessageType::Ping,
             Self::Pong(_) => MessageType::Pong,
@@ -371,7 +442,9 @@ impl Message {
             Self::Volumes(volumes) => check_volumes(&volumes.volumes),
             Self::Notice(notice) => check_length("text", notice.text.len(), limits::TEXT_BYTES_MAX),
             Self::Past(past) => check_length("mirrored", past.mirrored.len(), limits::DEVICES_MAX),
-            Self::Marker(_) | Self::Ack(_) | Self::Ping(_) | Self::Pong(_) => Ok(()),
+            Self::Marker(_) | Self::Ack(_) | Self::Staging(_) | Self::Ping(_) | Self::Pong(_) => {
+                Ok(())
+            }
         }
     }
 
@@ -392,6 +465,7 @@ impl Message {
             Self::Verified(value) => body::encode(value, out),
             Self::Volumes(value) => body::encode(value, out),
             Self::Notice(value) => body::encode(value, out),
+            Self::Staging(value) => body::encode(value, out),
             Self::Past(value) => body::encode(value, out),
             Self::Ping(value) | Self::Pong(value) => body::encode(value, out),
         }
@@ -413,6 +487,7 @@ impl Message {
             MessageType::Verified => Self::Verified(body::decode(bytes)?),
             MessageType::Volumes => Self::Volumes(body::decode(bytes)?),
             MessageType::Notice => Self::Notice(body::decode(bytes)?),
+            MessageType::Staging => Self::Staging(body::decode(bytes)?),
             MessageType::Past => Self::Past(body::decode(bytes)?),
             MessageType::Ping => Self::Ping(body::decode(bytes)?),
             MessageType::Pong => Self::Pong(body::decode(bytes)?),

@@ -135,6 +135,23 @@ fn message() -> impl Strategy<Value = Message> {
             code: Code(code),
             text
         })),
+        (0..3_usize, any::<[u64; 3]>()).prop_map(|(phase, numbers)| Message::Staging(Staging {
+            phase: [
+                StagingPhase::Direct,
+                StagingPhase::Staged,
+                StagingPhase::Publishing
+            ][phase],
+            staged_bytes: numbers[0],
+            consistent_seq: numbers[1],
+            consistent_time_ns: numbers[2],
+        })),
+        any::<(u32, u64, u64)>().prop_map(|(device, least_bytes, most_bytes)| {
+            Message::Marker(Marker::Plan {
+                device,
+                least_bytes,
+                most_bytes,
+            })
+        }),
         (
             uuid(),
             any::<[u64; 2]>(),

@@ -142,6 +142,24 @@ fn messages_of_version_1() {
         &Message::Marker(Marker::MirrorEnd { device: 7 }),
         MARKER,
     );
+    assert_golden(
+        "Plan",
+        5,
+        6,
+        &Message::Marker(Marker::Plan {
+            device: 7,
+            least_bytes: 8,
+            most_bytes: 9,
+        }),
+        PLAN,
+    );
+    let staging = Staging {
+        phase: StagingPhase::Publishing,
+        staged_bytes: 1,
+        consistent_seq: 2,
+        consistent_time_ns: 3,
+    };
+    assert_golden("Staging", 5, 0, &Message::Staging(staging), STAGING);
     let ack = Ack {
         durable_seq: 1,
         applied_seq: 2,
@@ -246,6 +264,20 @@ const MARKER: &str = "\
 00000000000000000500000000000000
 06000000000000000800000000000000
 0100000007000000
+";
+const PLAN: &str = "\
+44544c509a980659a0dfc11f01001300
+00000000000000000500000000000000
+06000000000000001800000000000000
+07000000070000000800000000000000
+0900000000000000
+";
+const STAGING: &str = "\
+44544c501d9e1dcb74ca110b01003900
+00000000000000000500000000000000
+00000000000000001c00000000000000
+02000000010000000000000002000000
+000000000300000000000000
 ";
 const ACK: &str = "\
 44544c50fa55555e0026699c01003000

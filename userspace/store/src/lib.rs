@@ -11,10 +11,11 @@
 
 #![forbid(unsafe_code)]
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, IoSlice, Read};
 use std::path::{Path, PathBuf};
 
+use dtloop_disk::{Disk, RealDisk};
 use dtloop_proto::Uuid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -64,11 +65,32 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 ///
 /// If it cannot be read or is damaged.
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateFileError> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
+    load_on(&RealDisk, path)
+}
+
+fn read(disk: &dyn Disk, path: &Path) -> io::Result<Vec<u8>> {
+    let file = disk.open(path, false)?;
+    let mut bytes = vec![0; usize::try_from(file.bytes()?).map_err(io::Error::other)?];
+    file.read_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Like [`load`], from that disk.
+///
+/// # Errors
+///
+/// If it cannot be read or is damaged.
+pub fn load_on<T: DeserializeOwned>(
+    disk: &dyn Disk,
+    path: &Path,
+) -> Result<Option<T>, StateFileError> {
+    let bytes = match read(disk, path) {
+        Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io_error(path)(error)),
     };
+    // What is no text has another checksum.
+    let text = String::from_utf8_lossy(&bytes);
     parse(&text)
         .map(Some)
         .map_err(|reason| StateFileError::Damaged {
@@ -99,17 +121,31 @@ pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
 ///
 /// Those of the file system.
 pub fn store<T: Serialize>(path: &Path, value: &T) -> Result<(), StateFileError> {
+    store_on(&RealDisk, path, value)
+}
+
+/// Like [`store`], on that disk.
+///
+/// # Errors
+///
+/// Those of the file system.
+pub fn store_on<T: Serialize>(
+    disk: &dyn Disk,
+    path: &Path,
+    value: &T,
+) -> Result<(), StateFileError> {
     let json = serde_json::to_string_pretty(value)
         .map_err(|error| io_error(path)(io::Error::new(io::ErrorKind::InvalidData, error)))?;
     let json = json + "\n";
     let text = format!("{TITLE}{:08x}\n{json}", crc32fast::hash(json.as_bytes()));
     let temporary = path.with_extension("new");
     let write = || -> io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        sync_dir(path.parent().unwrap_or(Path::new(".")))
+        let file = disk.open(&temporary, true)?;
+        file.set_bytes(0)?;
+        file.write_at(&mut [IoSlice::new(text.as_bytes())], 0)?;
+        file.sync()?;
+        disk.rename(&temporary, path)?;
+        disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
     };
     write().map_err(io_error(path))
 }
@@ -145,6 +181,7 @@ pub fn identity(path: &Path) -> Result<Uuid, StateFileError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn every_flipped_byte_is_noticed() {

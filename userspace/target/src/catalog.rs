@@ -6,9 +6,10 @@
 //! bound for the first time and stays until an operator unbinds the volume.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use dtloop_core::binding::{self, Binding, Refusal};
+use dtloop_disk::{Disk, RealDisk};
 use dtloop_proto::message::DeviceOffer;
 use dtloop_proto::{Code, Uuid};
 
@@ -17,8 +18,10 @@ use crate::volume::Volume;
 use dtloop_store::{self as state_file, StateFileError};
 
 /// See the module documentation.
-#[derive(Debug)]
 pub struct Catalog {
+    disk: Arc<dyn Disk>,
+    /// Volumes are on that disk as well, and nobody else can have them.
+    simulated: bool,
     dir: PathBuf,
     volumes: Vec<VolumeConfig>,
     /// One binding at a time, so that two sources cannot both become the first.
@@ -30,10 +33,28 @@ impl Catalog {
     #[must_use]
     pub fn new(state_dir: &Path, volumes: Vec<VolumeConfig>) -> Self {
         Self {
+            disk: Arc::new(RealDisk),
+            simulated: false,
             dir: state_dir.join("volumes"),
             volumes,
             gate: Mutex::new(()),
         }
+    }
+
+    /// A catalog whose volumes and owners are on that disk, for a simulation.
+    #[must_use]
+    pub fn on(disk: Arc<dyn Disk>, state_dir: &Path, volumes: Vec<VolumeConfig>) -> Self {
+        Self {
+            disk,
+            simulated: true,
+            ..Self::new(state_dir, volumes)
+        }
+    }
+
+    /// The configuration of a volume.
+    #[must_use]
+    pub fn config(&self, name: &str) -> Option<&VolumeConfig> {
+        self.volumes.iter().find(|volume| volume.name == name)
     }
 
     /// All volumes.
@@ -48,7 +69,7 @@ impl Catalog {
     ///
     /// If the file cannot be read.
     pub fn owner(&self, name: &str) -> Result<Option<Binding>, StateFileError> {
-        state_file::load(&self.dir.join(name))
+        state_file::load_on(&*self.disk, &self.dir.join(name))
     }
 
     /// Ends the ownership of a volume.
@@ -57,8 +78,24 @@ impl Catalog {
     ///
     /// Those of the file system.
     pub fn unbind(&self, name: &str) -> std::io::Result<()> {
-        std::fs::remove_file(self.dir.join(name))?;
-        state_file::sync_dir(&self.dir)
+        self.disk.remove(&self.dir.join(name))?;
+        self.disk.sync_dir(&self.dir)
+    }
+
+    /// The volume is used here from now on: its source may not overwrite it until it is unbound.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read or written.
+    pub fn release(&self, name: &str) -> Result<(), StateFileError> {
+        let Some(owner) = self.owner(name)? else {
+            return Ok(());
+        };
+        let released = Binding {
+            released: true,
+            ..owner
+        };
+        state_file::store_on(&*self.disk, &self.dir.join(name), &released)
     }
 
     /// Opens a volume without binding it.
@@ -67,12 +104,15 @@ impl Catalog {
     ///
     /// The refusal to be told to the source.
     pub fn open(&self, name: &str) -> Result<Volume, Refusal> {
-        let config = self.volumes.iter().find(|volume| volume.name == name).ok_or_else(|| {
+        let config = self.config(name).ok_or_else(|| {
             Refusal::new(
                 Code::VOLUME_NOT_FOUND,
                 format!("The target has no volume \"{name}\"; run \"dttarget volume create {name}\" there"),
             )
         })?;
+        if self.simulated {
+            return Volume::open_on(&*self.disk, config);
+        }
         Volume::open(config)
     }
 
@@ -105,7 +145,8 @@ impl Catalog {
         };
         let binding = binding::admit(source_id, set, offer, owner.as_ref(), volume.bytes())?;
         if owner.is_none() {
-            state_file::store(&self.dir.join(&offer.label), &binding).map_err(damaged)?;
+            let path = self.dir.join(&offer.label);
+            state_file::store_on(&*self.disk, &path, &binding).map_err(damaged)?;
         }
         Ok(volume)
     }

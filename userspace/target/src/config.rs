@@ -35,6 +35,42 @@ pub struct VolumeConfig {
     pub path: PathBuf,
     /// For an image file: it is made, or made larger, to have this size.
     pub size: Option<Size>,
+    /// Where changes go while the set is not consistent.
+    #[serde(default)]
+    pub resync: ResyncPolicy,
+}
+
+/// Where changes of a volume go during a mirror or a resync.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResyncPolicy {
+    /// To the staging area: the volume keeps its last consistent state until there is a newer one.
+    #[default]
+    Staged,
+    /// Into the volume, which is of no use until the set is consistent again. Needs no space.
+    InPlace,
+}
+
+/// The staging area: what is changed while a set is not consistent is kept there, beside the volumes.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StagingConfig {
+    /// Where it is; without it, beside the journal of the set.
+    pub dir: Option<PathBuf>,
+    /// Most bytes that it takes for one set; without it, as many as there are.
+    pub max: Option<Size>,
+    /// So many bytes of its file system stay free.
+    pub min_free: Size,
+}
+
+impl Default for StagingConfig {
+    fn default() -> Self {
+        Self {
+            dir: None,
+            max: None,
+            min_free: Size(64 << 20),
+        }
+    }
 }
 
 /// The journal of each set.
@@ -71,9 +107,20 @@ pub struct Config {
     /// The journals.
     #[serde(default)]
     pub journal: JournalConfig,
+    /// The staging areas.
+    #[serde(default)]
+    pub staging: StagingConfig,
+    /// Threads of a set that write and compare at the same time, where that helps: on a slow volume. 1 to 64.
+    #[serde(default = "default_apply_threads")]
+    pub apply_threads: usize,
     /// Volumes.
     #[serde(default, rename = "volume")]
     pub volumes: Vec<VolumeConfig>,
+}
+
+fn default_apply_threads() -> usize {
+    let processors = std::thread::available_parallelism();
+    processors.map_or(1, std::num::NonZero::get).min(4)
 }
 
 fn default_listen() -> String {
@@ -135,6 +182,15 @@ impl Config {
                 }
             }
         }
+        let dir = self.staging.dir.as_deref();
+        ensure!(
+            dir.is_none_or(Path::is_absolute),
+            "staging.dir is not absolute"
+        );
+        ensure!(
+            (1..=64).contains(&self.apply_threads),
+            "apply_threads must be 1 to 64"
+        );
         let segment = self.journal.segment_size.0;
         ensure!(
             segment >= 8 << 20 && segment % dtloop_journal::layout::BLOCK_BYTES == 0,

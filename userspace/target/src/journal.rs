@@ -66,6 +66,11 @@ impl Horizon {
         self.moved.notify_all();
     }
 
+    /// The next checkpoint should come soon: it makes room.
+    fn want(&self) {
+        self.lock().wanted = true;
+    }
+
     fn checkpoint(&self) -> Position {
         self.lock().checkpoint
     }
@@ -129,7 +134,12 @@ impl Journal {
                     let oldest = self.inner.waits_for().unwrap_or(0);
                     self.inner.release(self.horizon.wait_beyond(oldest)?);
                 }
-                appended => break appended?,
+                Err(error) => {
+                    // Segments to be used again take no new space.
+                    self.horizon.want();
+                    return Err(error.into());
+                }
+                Ok(place) => break place,
             }
         };
         self.inner.sync()?;

@@ -9,7 +9,7 @@
 //!             check the sequence
 //!             journal: one write, one fdatasync
 //!             acknowledge durable  <----------------------- acknowledge applied, hash results
-//!             pass the buffer on  --------------------->    write to the volumes in order
+//!             pass the buffer on  --------------------->    write to the volumes in order, or to overlays
 //!                                                           checkpoint: fdatasync the volumes,
 //!             use segments again  <-----------------------  make the state durable
 //! ```
@@ -21,13 +21,16 @@
 
 pub mod applier;
 pub mod catalog;
+pub mod clock;
 pub mod config;
 pub mod door;
 pub mod journal;
 pub mod outlet;
+pub mod overlay;
 pub mod replica;
 pub mod server;
 pub mod session;
+pub mod settle;
 pub mod transport;
 pub mod unpack;
 pub mod volume;

@@ -10,12 +10,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
+use dtloop_core::set::{Consistent, Phase};
 use dtloop_store as state_file;
 use dtloop_target::applier::Saved;
 use dtloop_target::catalog::Catalog;
-use dtloop_target::config::{CONFIG_PATH, Config, Size, VolumeConfig};
+use dtloop_target::config::{CONFIG_PATH, Config, ResyncPolicy, Size, VolumeConfig};
 use dtloop_target::replica::set_dir;
 use dtloop_target::server::{Server, lock_state_dir};
+use dtloop_target::settle;
 use dtloop_target::volume::Volume;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
@@ -76,6 +78,18 @@ enum VolumeCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Bring the last consistent state of a set into its volumes, to use them here: after the loss of the source, for
+    /// example. The source may not overwrite them until they are unbound. Stop dttarget first.
+    Settle {
+        /// Name of one of the volumes.
+        name: String,
+        /// Read neither the staging area nor the journal; for a staging area that is lost.
+        #[arg(long)]
+        discard_staged: bool,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
     /// End the ownership of a volume, so that another source can have it. Stop dttarget first.
     Unbind {
         /// Name of the volume.
@@ -131,6 +145,11 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Volume(VolumeCommand::Status { name, json }) => {
             show(&config, name.as_deref(), *json)
         }
+        Command::Volume(VolumeCommand::Settle {
+            name,
+            discard_staged,
+            json,
+        }) => settle(&config, name, *discard_staged, *json),
         Command::Volume(VolumeCommand::Unbind { name }) => unbind(&config, name),
     }
 }
@@ -178,6 +197,7 @@ fn create(config_path: &Path, name: &str, path: &Path, size: Option<Size>) -> Re
         name: name.to_owned(),
         path: path.clone(),
         size,
+        resync: ResyncPolicy::Staged,
     })?;
     let temporary = config_path.with_extension("toml.new");
     let write = || -> std::io::Result<()> {
@@ -208,7 +228,11 @@ struct Shown {
     applied_seq: Option<u64>,
     order_lost_from: Option<u64>,
     order_lost_to: Option<u64>,
+    /// `staged`, `publishing`, or nothing.
+    staging: Option<&'static str>,
+    /// The last consistent state, once the present one is none.
     consistent_at_seq: Option<u64>,
+    consistent_at_time: Option<String>,
 }
 
 fn shown(config: &Config, catalog: &Catalog, volume: &VolumeConfig) -> Result<Shown> {
@@ -223,7 +247,9 @@ fn shown(config: &Config, catalog: &Catalog, volume: &VolumeConfig) -> Result<Sh
         applied_seq: None,
         order_lost_from: None,
         order_lost_to: None,
+        staging: None,
         consistent_at_seq: None,
+        consistent_at_time: None,
     };
     let Some(owner) = catalog.owner(&volume.name)? else {
         return Ok(shown);
@@ -241,7 +267,18 @@ fn shown(config: &Config, catalog: &Catalog, volume: &VolumeConfig) -> Result<Sh
         use dtloop_core::set::Sync;
         shown.in_sync = state.in_sync(&volume.name);
         shown.reason = item.refused.as_ref().map(|(_, text)| text.clone());
-        shown.consistent_at_seq = item.consistent.map(|moment| moment.seq);
+        let phase = state.phase_of(&volume.name);
+        let staged = state
+            .stage
+            .as_ref()
+            .filter(|_| phase == Some(Phase::Staged));
+        let consistent = staged.map(|stage| stage.since).or(item.consistent);
+        shown.consistent_at_seq = consistent.map(|moment| moment.seq);
+        shown.consistent_at_time = consistent.map(|moment| settle::utc(moment.time_ns));
+        shown.staging = phase.map(|phase| match phase {
+            Phase::Staged => "staged",
+            Phase::Publishing => "publishing",
+        });
         shown.state = match item.sync {
             _ if item.refused.is_some() => "refused",
             Sync::Unmirrored => "unmirrored",
@@ -295,10 +332,71 @@ fn show(config: &Config, name: Option<&str>, json: bool) -> Result<()> {
         if let Some(reason) = row.reason {
             writeln!(out, "    {reason}")?;
         }
+        match (row.staging, row.consistent_at_seq, row.consistent_at_time) {
+            (Some("staged"), Some(seq), Some(time)) => {
+                writeln!(
+                    out,
+                    "    staged: keeps its state of record {seq}, made {time}"
+                )?;
+            }
+            (Some("publishing"), ..) => writeln!(
+                out,
+                "    publishing: run \"dttarget volume settle {}\" to use it without dttarget serve",
+                row.name
+            )?,
+            _ => {}
+        }
         if let (Some(from), Some(to)) = (row.order_lost_from, row.order_lost_to) {
             writeln!(out, "    order lost from record {from} to {to}")?;
         }
     }
+    Ok(())
+}
+
+fn settle(config: &Config, name: &str, discard_staged: bool, json: bool) -> Result<()> {
+    let settled = settle::settle(config, name, discard_staged)?;
+    let mut out = std::io::stdout().lock();
+    if json {
+        let volume = |(name, moment): (&String, &Option<Consistent>)| {
+            serde_json::json!({
+                "name": name,
+                "seq": moment.map(|moment| moment.seq),
+                "stream": moment.map(|moment| moment.stream_uuid.to_string()),
+                "time": moment.map(|moment| settle::utc(moment.time_ns)),
+            })
+        };
+        let report = serde_json::json!({
+            "set": settled.set,
+            "left_out": settled.left_out,
+            "volumes": settled.volumes.iter().map(volume).collect::<Vec<_>>(),
+        });
+        writeln!(out, "{report}")?;
+        return Ok(());
+    }
+    for (name, moment) in &settled.volumes {
+        match moment {
+            Some(moment) => writeln!(
+                out,
+                "Volume \"{name}\" holds the source's state at record {}, made {}.",
+                moment.seq,
+                settle::utc(moment.time_ns)
+            )?,
+            None => writeln!(
+                out,
+                "Volume \"{name}\" holds no state of the source: a mirror or resync into it was not complete."
+            )?,
+        }
+    }
+    if settled.left_out {
+        writeln!(
+            out,
+            "Later changes were received, but not all of them; they are left out."
+        )?;
+    }
+    writeln!(
+        out,
+        "The volumes can be used. The source may not overwrite them until they are unbound."
+    )?;
     Ok(())
 }
 
@@ -311,7 +409,7 @@ fn unbind(config: &Config, name: &str) -> Result<()> {
     // What is known of the set must no longer speak of the volume either.
     let path = set_dir(&config.state_dir, owner.source_id, &owner.set).join("state");
     if let Some(mut saved) = state_file::load::<Saved>(&path)? {
-        saved.state.volumes.remove(name);
+        saved.state.remove(name);
         state_file::store(&path, &saved)?;
     }
     catalog

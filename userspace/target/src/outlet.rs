@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use dtloop_proto::message::{Ack, Notice};
+use dtloop_proto::message::Ack;
 use dtloop_proto::{Message, frame};
 
 use crate::transport::Connection;
@@ -14,8 +14,6 @@ use crate::transport::Connection;
 struct Inner {
     connection: Option<(Connection, u64)>,
     ack: Ack,
-    /// What fails just now.
-    trouble: Option<Notice>,
     buffer: Vec<u8>,
 }
 
@@ -57,26 +55,6 @@ impl Outlet {
         let mut inner = self.inner();
         let ack = Message::Ack(inner.ack);
         inner.send(&ack);
-    }
-
-    /// Something fails, and is tried again until it works: told now, and to whoever connects meanwhile.
-    pub fn trouble(&self, notice: Notice) {
-        let mut inner = self.inner();
-        inner.trouble = Some(notice.clone());
-        inner.send(&Message::Notice(notice));
-    }
-
-    /// It works again.
-    pub fn relief(&self, notice: Notice) {
-        let mut inner = self.inner();
-        inner.trouble = None;
-        inner.send(&Message::Notice(notice));
-    }
-
-    /// What fails just now.
-    #[must_use]
-    pub fn present_trouble(&self) -> Option<Notice> {
-        self.inner().trouble.clone()
     }
 
     /// Tells something else. Without a connection it is not told; what matters is in the welcome.

@@ -2,9 +2,8 @@
 
 //! A set of a source, as long as the program runs: its journal, its applier, its one session.
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -15,9 +14,10 @@ use dtloop_journal::Options;
 use dtloop_proto::Uuid;
 use dtloop_proto::limits::FRAME_BYTES_MAX;
 
-use crate::applier::{Applier, Batch, Command, Flags, OpenError};
+use crate::applier::{self, Applier, Batch, Command, Flags, OpenError, Parts, Pause, Settings};
 use crate::catalog::Catalog;
-use crate::config::JournalConfig;
+use crate::clock::RealClock;
+use crate::config::Config;
 use crate::journal::{Horizon, Journal};
 use crate::outlet::Outlet;
 use crate::transport::Connection;
@@ -54,6 +54,7 @@ pub struct Replica {
     horizon: Arc<Horizon>,
     writer: Mutex<Option<Writer>>,
     session: Mutex<Option<Connection>>,
+    takeovers: AtomicU64,
     commands: SyncSender<Command>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -74,6 +75,22 @@ fn random_salt() -> std::io::Result<u64> {
     Ok(u64::from_le_bytes(low))
 }
 
+/// Replays the journal. Whoever asked for the set is told what fails, and asks again.
+///
+/// # Errors
+///
+/// If state, journal or a volume cannot be used.
+pub fn replay(applier: &mut Applier) -> Result<(), OpenError> {
+    loop {
+        match applier.replay() {
+            Ok(()) => return Ok(()),
+            Err(Pause::Again) => {}
+            Err(Pause::Blocked(complaint)) => return Err(OpenError::Blocked(complaint)),
+            Err(Pause::Fatal(error)) => return Err(error),
+        }
+    }
+}
+
 impl Replica {
     /// Opens a set, replays its journal and starts its applier.
     ///
@@ -81,34 +98,30 @@ impl Replica {
     ///
     /// If its state or journal cannot be used.
     pub fn open(
-        state_dir: &Path,
         source_id: Uuid,
         set: &str,
         catalog: Arc<Catalog>,
-        config: JournalConfig,
+        config: &Config,
+        in_place: bool,
     ) -> Result<Self, OpenError> {
-        let dir = set_dir(state_dir, source_id, set);
-        fs::create_dir_all(dir.join("journal"))?;
-        dtloop_store::sync_dir(&state_dir.join("sets"))?;
-        let (outlet, horizon, flags) = (
-            Arc::<Outlet>::default(),
-            Arc::<Horizon>::default(),
-            Arc::<Flags>::default(),
-        );
+        let dir = set_dir(&config.state_dir, source_id, set);
         let disk: Arc<dyn Disk> = Arc::new(RealDisk);
-        let mut applier = Applier::load(
-            Arc::clone(&disk),
-            &dir,
-            source_id,
-            set,
+        disk.make_dir(&dir)?;
+        let parts = Parts {
+            disk: Arc::clone(&disk),
+            clock: Arc::new(RealClock::default()),
             catalog,
-            Arc::clone(&outlet),
-            Arc::clone(&horizon),
-            Arc::clone(&flags),
-            config.size.0 / 4,
-        )?;
-        let next_seq = applier.replay()?;
-        let stream_uuid = applier.stream_uuid();
+            outlet: Arc::default(),
+            horizon: Arc::default(),
+            flags: Arc::default(),
+        };
+        parts.flags.in_place.store(in_place, Ordering::Relaxed);
+        let mut applier = Self::load(parts.clone(), &dir, source_id, set, config)?;
+        replay(&mut applier)?;
+        let next_seq = applier.state().applied_seq + 1;
+        let stream_uuid = applier.state().stream_uuid;
+        let (outlet, horizon, flags) = (parts.outlet, parts.horizon, parts.flags);
+        let config = config.journal;
         let options = Options {
             bytes: config.size.0,
             segment_bytes: config.segment_size.0,
@@ -144,9 +157,25 @@ impl Replica {
             horizon,
             writer: Mutex::new(Some(writer)),
             session: Mutex::new(None),
+            takeovers: AtomicU64::new(0),
             commands,
             thread: Mutex::new(Some(thread)),
         })
+    }
+
+    fn load(
+        parts: Parts,
+        dir: &Path,
+        source_id: Uuid,
+        set: &str,
+        config: &Config,
+    ) -> Result<Applier, OpenError> {
+        let settings = Settings {
+            checkpoint_bytes: config.journal.size.0 / 4,
+            staging: config.staging.clone(),
+            threads: config.apply_threads,
+        };
+        Applier::load(parts, settings, dir, source_id, set)
     }
 
     fn spawn(
@@ -157,7 +186,7 @@ impl Replica {
     ) -> std::io::Result<JoinHandle<()>> {
         let name = set.to_owned();
         std::thread::Builder::new().name(format!("apply {set}")).spawn(move || {
-            if let Err(error) = applier.run(&inbox, &returns) {
+            if let Err(error) = applier::thread::run(applier, &inbox, &returns) {
                 tracing::error!(
                     "Set \"{name}\" is no longer applied: {:#}. Restart dttarget when the cause is removed.",
                     anyhow::Error::from(error)
@@ -166,8 +195,20 @@ impl Replica {
         })
     }
 
+    /// An operator gives up the last consistent state of the set, for this once.
+    pub fn give_up_stage(&self) {
+        self.flags.in_place.store(true, Ordering::Relaxed);
+    }
+
+    /// How often the set was taken over by a new connection.
+    #[must_use]
+    pub fn takeovers(&self) -> u64 {
+        self.takeovers.load(Ordering::Relaxed)
+    }
+
     /// Takes the set over for a new connection; an older one is ended first.
     pub fn take_over(&self, connection: Connection) -> MutexGuard<'_, Option<Writer>> {
+        self.takeovers.fetch_add(1, Ordering::Relaxed);
         let former = lock(&self.session).replace(connection);
         if let Some(former) = former {
             former.shutdown();

@@ -18,6 +18,7 @@ use dtloop_proto::{Code, Uuid};
 use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
+use crate::applier::OpenError;
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::door::Door;
@@ -63,7 +64,12 @@ impl Shared {
     /// # Errors
     ///
     /// The refusal to be told to the source.
-    pub fn replica(&self, source_id: Uuid, set: &str) -> Result<Arc<Replica>, Refusal> {
+    pub fn replica(
+        &self,
+        source_id: Uuid,
+        set: &str,
+        in_place: bool,
+    ) -> Result<Arc<Replica>, Refusal> {
         let slot = {
             let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(slots.entry((source_id, set.to_owned())).or_default())
@@ -75,19 +81,15 @@ impl Shared {
         if self.stopping.load(Ordering::Relaxed) {
             return Err(Refusal::new(Code::SHUTTING_DOWN, "The target ends"));
         }
-        let opened = Replica::open(
-            &self.config.state_dir,
-            source_id,
-            set,
-            Arc::clone(&self.catalog),
-            self.config.journal,
-        );
+        let catalog = Arc::clone(&self.catalog);
+        let opened = Replica::open(source_id, set, catalog, &self.config, in_place);
         let replica = opened.map_err(|error| {
+            let code = match &error {
+                OpenError::Blocked(complaint) => complaint.code,
+                _ => Code::STATE_DAMAGED,
+            };
             let chain = format!("{:#}", anyhow::Error::from(error));
-            Refusal::new(
-                Code::STATE_DAMAGED,
-                format!("Set \"{set}\" cannot be opened: {chain}"),
-            )
+            Refusal::new(code, format!("Set \"{set}\" cannot be opened: {chain}"))
         })?;
         let replica = Arc::new(replica);
         *slot = Some(Arc::clone(&replica));
@@ -172,7 +174,7 @@ impl Server {
             std::thread::Builder::new()
                 .name(format!("open {set}"))
                 .spawn(move || {
-                    if let Err(refusal) = shared.replica(source_id, &set) {
+                    if let Err(refusal) = shared.replica(source_id, &set, false) {
                         tracing::error!("{refusal}.");
                     }
                 })?;

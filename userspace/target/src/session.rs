@@ -4,18 +4,20 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use dtloop_core::binding::Refusal;
 use dtloop_core::sequence::{Arrival, Hole, Sequencer};
 use dtloop_core::set::Admission;
-use dtloop_journal::{AppendError, BatchInfo};
+use dtloop_journal::{AppendError, BatchInfo, Position};
 use dtloop_pack::Unpacker;
 use dtloop_proto::frame::FrameError;
 use dtloop_proto::header::HEADER_BYTES;
 use dtloop_proto::limits::{BODY_BYTES_MAX, FRAME_BYTES_MAX};
-use dtloop_proto::message::{HandshakeOption, Hello, Refuse, Welcome, bounded_text};
+use dtloop_proto::message::{
+    HandshakeOption, Hello, Notice, OPTION_IN_PLACE, Refuse, Welcome, bounded_text,
+};
 use dtloop_proto::packed::OPTION_CODECS;
 use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
 
@@ -33,8 +35,11 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A source sends at least a ping in this time, or it is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
-/// How often it is looked whether the applier, which a new session waits for, is held up.
-const TROUBLE_TICK: Duration = Duration::from_millis(500);
+/// Pause before the journal is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// While it waits for the journal, the source hears that the target lives; longer than its time to a ping.
+const ALIVE_EVERY: Duration = Duration::from_secs(7);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -71,10 +76,16 @@ pub enum SessionEnd {
     Stopping,
 }
 
+fn append_cause(error: &AppendError) -> String {
+    match error {
+        AppendError::Io { source, .. } => source.to_string(),
+        AppendError::Full { .. } | AppendError::Space { .. } => "no room".to_owned(),
+    }
+}
+
 fn journal_cause(error: &JournalError) -> String {
     match error {
-        JournalError::Append(AppendError::Io { source, .. }) => source.to_string(),
-        JournalError::Append(_) => "no room".to_owned(),
+        JournalError::Append(error) => append_cause(error),
         JournalError::Stopped => "it was waiting for room".to_owned(),
     }
 }
@@ -177,9 +188,17 @@ fn receive(shared: &Arc<Shared>, mut connection: Connection, hello: Hello) -> Se
         refuse(&mut connection, &end);
         return end;
     };
+    let in_place = hello
+        .options
+        .iter()
+        .any(|option| option.key == OPTION_IN_PLACE);
     let opened = shared
-        .replica(hello.source_id, &hello.set)
+        .replica(hello.source_id, &hello.set, in_place)
         .and_then(|replica| {
+            if in_place {
+                // Before the set is taken over: who has it may be waiting for just this.
+                replica.give_up_stage();
+            }
             let other = connection.try_clone();
             other
                 .map(|other| (replica, other))
@@ -239,20 +258,9 @@ fn welcome(
         let text = format!("Set \"{set}\" is no longer applied; look at the log of dttarget");
         Refusal::new(Code::INTERNAL, text)
     };
-    // A disk that fails holds the applier up for as long as it does. The source learns that, instead of waiting.
-    let no_trouble = || match replica.outlet.present_trouble() {
-        Some(notice) => Err(Refusal::new(notice.code, notice.text)),
-        None => Ok(()),
-    };
-    no_trouble()?;
+    // While a disk fails, the applier answers with the reason; it takes up nothing that nobody would know of.
     writer.commands.send(enter).map_err(|_| gone())?;
-    let entered = loop {
-        match answer.recv_timeout(TROUBLE_TICK) {
-            Ok(entered) => break entered?,
-            Err(RecvTimeoutError::Timeout) => no_trouble()?,
-            Err(RecvTimeoutError::Disconnected) => return Err(gone().into()),
-        }
-    };
+    let entered = answer.recv().map_err(|_| gone())??;
     match entered.admission {
         Admission::Resume => {}
         Admission::NewStream => writer.sequence = Sequencer::new(first_seq),
@@ -275,6 +283,11 @@ fn welcome(
     replica
         .outlet
         .update(|ack| ack.durable_seq = writer.sequence.next() - 1);
+    let mut options = vec![HandshakeOption {
+        key: OPTION_CODECS,
+        value: Codec::ALL.iter().map(|codec| *codec as u8).collect(),
+    }];
+    options.extend(entered.staging.option());
     let welcome = Welcome {
         version,
         software: crate::software(),
@@ -286,10 +299,7 @@ fn welcome(
         lost_from: entered.lost.0,
         lost_last: entered.lost.1,
         volumes: entered.volumes,
-        options: vec![HandshakeOption {
-            key: OPTION_CODECS,
-            value: Codec::ALL.iter().map(|codec| *codec as u8).collect(),
-        }],
+        options,
     };
     let mut out = vec![];
     frame::encode_message(&mut out, 0, 0, &Message::Welcome(welcome))?;
@@ -573,15 +583,12 @@ impl Session {
             .iter()
             .map(|(start, end)| &batch.buffer[*start..*end])
             .collect();
-        match writer
-            .journal
-            .append(&runs, parsed.info, writer.stream_uuid)
-        {
+        match self.append(&runs, parsed.info, writer) {
             Ok(end) => batch.end = end,
-            Err(error) => {
+            Err(end) => {
                 batch.items.clear();
                 self.spare.push(batch);
-                return Err(error.into());
+                return Err(end);
             }
         }
         batch.bytes = runs.iter().map(|run| run.len() as u64).sum();
@@ -600,5 +607,56 @@ impl Session {
             .commands
             .send(Command::Batch(batch))
             .map_err(|_| SessionEnd::Stopping)
+    }
+
+    /// Appends to the journal. While its disk fails or is full, the source is held back and told why.
+    fn append(
+        &self,
+        frames: &[&[u8]],
+        info: BatchInfo,
+        writer: &mut Writer,
+    ) -> Result<Position, SessionEnd> {
+        let (mut told, takeovers) = (None::<Instant>, self.replica.takeovers());
+        loop {
+            let error = match writer.journal.append(frames, info, writer.stream_uuid) {
+                Ok(end) => {
+                    if told.is_some() {
+                        self.notice(Code::OK, "The journal can be written again".to_owned());
+                    }
+                    return Ok(end);
+                }
+                Err(JournalError::Append(error)) => error,
+                Err(stopped) => return Err(stopped.into()),
+            };
+            match told {
+                None => {
+                    let cause = append_cause(&error);
+                    let text = format!(
+                        "{error}: {cause}; the source waits, it is tried again every second, nothing is lost"
+                    );
+                    tracing::error!("{text}.");
+                    self.notice(Code::JOURNAL_IO, text);
+                    told = Some(Instant::now());
+                }
+                Some(at) if at.elapsed() >= ALIVE_EVERY => {
+                    self.replica.outlet.send_ack();
+                    told = Some(Instant::now());
+                }
+                Some(_) => {}
+            }
+            let until = Instant::now() + RETRY_AFTER;
+            while Instant::now() < until {
+                if self.replica.is_stopping() || self.replica.takeovers() != takeovers {
+                    return Err(SessionEnd::Stopping);
+                }
+                std::thread::sleep(RETRY_AFTER / 20);
+            }
+        }
+    }
+
+    fn notice(&self, code: Code, text: String) {
+        let text = bounded_text(text);
+        let notice = Message::Notice(Notice { code, text });
+        self.replica.outlet.send(&notice);
     }
 }

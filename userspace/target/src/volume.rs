@@ -2,28 +2,67 @@
 
 //! A volume: an image file or a block device, opened for this process alone.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::io::{self, IoSlice, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use dtloop_core::binding::Refusal;
+use dtloop_disk::{Disk, DiskFile};
 use dtloop_proto::Code;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag, fallocate};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 
 use crate::config::VolumeConfig;
 
-/// Longest piece of zeroes written where the file system cannot make a hole.
-const ZERO_BYTES: usize = 64 << 10;
-
 /// An open volume.
-#[derive(Debug)]
 pub struct Volume {
     name: String,
-    file: Flock<File>,
+    file: Arc<dyn DiskFile>,
     bytes: u64,
-    dirty: bool,
+    dirty: AtomicBool,
+}
+
+impl fmt::Debug for Volume {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Volume({}, {} bytes)", self.name, self.bytes)
+    }
+}
+
+/// The file or device, locked as long as it is open.
+struct Locked(Flock<File>);
+
+impl DiskFile for Locked {
+    fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        DiskFile::read_at(&*self.0, data, offset)
+    }
+
+    fn write_at(&self, pieces: &mut [IoSlice<'_>], offset: u64) -> io::Result<()> {
+        DiskFile::write_at(&*self.0, pieces, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        self.0.bytes()
+    }
+
+    fn set_bytes(&self, bytes: u64) -> io::Result<()> {
+        self.0.set_bytes(bytes)
+    }
+
+    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        DiskFile::allocate(&*self.0, offset, bytes)
+    }
+
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.0.zero(offset, bytes)
+    }
 }
 
 fn refuse(code: Code, name: &str, path: &Path, what: &str) -> Refusal {
@@ -125,12 +164,39 @@ impl Volume {
             file.set_len(size.0).map_err(io)?;
             bytes = size.0;
         }
-        Ok(Self {
-            name: name.clone(),
+        Ok(Self::new(name, Arc::new(Locked(file)), bytes))
+    }
+
+    /// Opens a volume on a disk of which nobody else knows, as a simulation does.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be told to the source.
+    pub fn open_on(disk: &dyn Disk, config: &VolumeConfig) -> Result<Self, Refusal> {
+        let (name, path) = (&config.name, &config.path);
+        let failed = |error: io::Error| {
+            let what = format!("cannot be opened: {error}");
+            refuse(Code::VOLUME_IO, name, path, &what)
+        };
+        let file = disk.open(path, config.size.is_some()).map_err(failed)?;
+        let mut bytes = file.bytes().map_err(failed)?;
+        if let Some(size) = config.size.filter(|size| bytes < size.0) {
+            file.set_bytes(size.0).map_err(failed)?;
+            let dir = path.parent().unwrap_or(Path::new("/"));
+            disk.sync_dir(dir).map_err(failed)?;
+            bytes = size.0;
+        }
+        Ok(Self::new(name, file, bytes))
+    }
+
+    fn new(name: &str, file: Arc<dyn DiskFile>, bytes: u64) -> Self {
+        Self {
+            name: name.to_owned(),
             file,
             bytes,
-            dirty: false,
-        })
+            // A new length is not durable, and what a former process wrote may not be.
+            dirty: AtomicBool::new(true),
+        }
     }
 
     /// Its name.
@@ -150,9 +216,9 @@ impl Volume {
     /// # Errors
     ///
     /// Those of the file or device.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.dirty = true;
-        self.file.write_all_at(data, offset)
+    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.dirty.store(true, Ordering::Relaxed);
+        self.file.write_at(&mut [IoSlice::new(data)], offset)
     }
 
     /// Makes a range read as zeroes, without taking space where that can be had.
@@ -160,35 +226,12 @@ impl Volume {
     /// # Errors
     ///
     /// Those of the file or device.
-    pub fn zero(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
+    pub fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         if bytes == 0 {
             return Ok(());
         }
-        self.dirty = true;
-        // For a block device the kernel turns both into its own write-zeroes.
-        for flags in [
-            FallocateFlags::FALLOC_FL_PUNCH_HOLE,
-            FallocateFlags::FALLOC_FL_ZERO_RANGE,
-        ] {
-            let flags = flags | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            let length =
-                |value: u64| i64::try_from(value).map_err(|_| io::Error::from(Errno::EFBIG));
-            match fallocate(&*self.file, flags, length(offset)?, length(bytes)?) {
-                Ok(()) => return Ok(()),
-                Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS | Errno::ENODEV) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        let zeroes = [0; ZERO_BYTES];
-        let mut at = offset;
-        while at < offset + bytes {
-            let piece = usize::try_from(offset + bytes - at)
-                .unwrap_or(ZERO_BYTES)
-                .min(ZERO_BYTES);
-            self.file.write_all_at(&zeroes[..piece], at)?;
-            at += piece as u64;
-        }
-        Ok(())
+        self.dirty.store(true, Ordering::Relaxed);
+        self.file.zero(offset, bytes)
     }
 
     /// Reads at an offset.
@@ -197,7 +240,7 @@ impl Volume {
     ///
     /// Those of the file or device.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(data, offset)
+        self.file.read_at(data, offset)
     }
 
     /// Makes everything written durable.
@@ -205,10 +248,11 @@ impl Volume {
     /// # Errors
     ///
     /// Those of the file or device.
-    pub fn sync(&mut self) -> io::Result<()> {
-        if self.dirty {
-            self.file.sync_data()?;
-            self.dirty = false;
+    pub fn sync(&self) -> io::Result<()> {
+        if self.dirty.swap(false, Ordering::Relaxed) {
+            self.file
+                .sync()
+                .inspect_err(|_| self.dirty.store(true, Ordering::Relaxed))?;
         }
         Ok(())
     }
@@ -217,13 +261,14 @@ impl Volume {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Size;
+    use crate::config::{ResyncPolicy, Size};
 
     fn config(path: &Path, size: Option<u64>) -> VolumeConfig {
         VolumeConfig {
             name: "v".into(),
             path: path.to_owned(),
             size: size.map(Size),
+            resync: ResyncPolicy::Staged,
         }
     }
 
@@ -261,7 +306,7 @@ mod tests {
     #[test]
     fn zeroes_are_zeroes() {
         let dir = tempfile::tempdir().unwrap();
-        let mut volume = Volume::open(&config(&dir.path().join("v.img"), Some(1 << 20))).unwrap();
+        let volume = Volume::open(&config(&dir.path().join("v.img"), Some(1 << 20))).unwrap();
         volume.write(0, &[7; 8192]).unwrap();
         volume.zero(512, 4096).unwrap();
         volume.sync().unwrap();

@@ -106,6 +106,7 @@ impl Worker {
                 self.memory.set_mirrored(device, false);
                 let marker = Message::Marker(Marker::MirrorBegin { device });
                 session.outbox.message(session.id, position, &marker)?;
+                self.plan_mirror(session, device)?;
                 self.set_report(device, VolumeSync::Mirroring);
             }
             Event::DeviceDone { device } if is_mirror => {
@@ -227,6 +228,7 @@ impl Worker {
                         self.resync_after = Some(Instant::now() + RESYNC_RETRY);
                         return Ok(true);
                     }
+                    self.plan_resync(stream, session)?;
                     self.resync.on_position(stream.ring().next_seq());
                 }
                 Step::Find {

@@ -19,6 +19,7 @@ use dtloop_core::mirror::Planner;
 use dtloop_core::resync::Resync;
 use dtloop_core::spool::{Batch, Place};
 use dtloop_journal::Position;
+use dtloop_proto::Op;
 
 use super::{End, Sent, Session, Worker};
 use crate::link::LinkError;

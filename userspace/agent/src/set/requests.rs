@@ -29,6 +29,7 @@ impl Worker {
                 Command::Bandwidth { change, reply } => {
                     drop(reply.send(self.shaper.bandwidth(change.as_ref())));
                 }
+                Command::InPlace { reply } => drop(reply.send(Ok(self.choose_in_place()))),
                 Command::Wait { reply } => drop(reply.send(self.wait_for(stream))),
             }
             self.published = Instant::now() - PUBLISH_EVERY;

@@ -56,6 +56,9 @@ impl Worker {
         let mut quiet = false;
         while !self.shared.is_stopping() {
             self.take_commands(Some(stream));
+            if self.in_place {
+                return Err(End::InPlace);
+            }
             session.link.receive()?;
             self.take_messages(stream, session)?;
             self.release(stream, session)?;
@@ -360,6 +363,7 @@ impl Worker {
                     );
                     self.notice = (notice.code != Code::OK).then_some(notice.text);
                 }
+                Message::Staging(staging) => self.staging = staging,
                 Message::Ping(number) => {
                     session
                         .outbox

@@ -9,7 +9,7 @@ use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, Rates, SetStatus};
 use dtloop_core::mirror::JobKind;
 use dtloop_proto::Code;
-use dtloop_proto::message::VolumeSync;
+use dtloop_proto::message::{StagingPhase, VolumeSync};
 
 use super::{BUSY_WAIT, End, Measured, PUBLISH_EVERY, RATES_EVERY_MS, Session, Worker, lock};
 use crate::snapshot::{Snapshot, ms, unix_ms};
@@ -58,6 +58,7 @@ impl Worker {
         self.fill_ladder(&mut snapshot.status, stream, session.is_some());
         if let Some(stream) = stream {
             self.fill_positions(&mut snapshot.status, stream, session);
+            snapshot.status.staging = self.staging_status();
             if let Ok(devices) = stream.devices() {
                 snapshot.status.devices = devices
                     .iter()
@@ -67,9 +68,12 @@ impl Worker {
         }
         snapshot.job.clone_from(&self.job);
         let states = || snapshot.status.devices.iter().map(|device| &device.state);
+        // What is staged is not in the volumes, where who waits will look for it.
+        let direct = self.staging.phase == StagingPhase::Direct;
         let whole =
             |session: &Session| session.core.ack().applied_seq.saturating_add(1) >= self.whole_at;
         snapshot.settled = session.is_some_and(whole)
+            && direct
             && self.resync.is_idle()
             && states().all(DeviceState::is_consistent);
         let stuck = |device: &&DeviceStatus| {
@@ -240,6 +244,16 @@ impl Worker {
                 }
                 _ => (DeviceState::Resyncing { pass }, reason),
             };
+        }
+        if self.staging.phase != StagingPhase::Direct {
+            let total_bytes = device.size_bytes();
+            let pass = Pass {
+                done_bytes: total_bytes.saturating_sub(self.staging.staged_bytes),
+                total_bytes,
+                ..Pass::default()
+            };
+            let reason = "the target writes what it staged into its volumes".to_owned();
+            return (DeviceState::Resyncing { pass }, reason);
         }
         (DeviceState::InSync, String::new())
     }

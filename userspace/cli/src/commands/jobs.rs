@@ -12,7 +12,7 @@ use dtloop_api::{
 
 use super::progress::Display;
 use super::{Context, attached, find_device};
-use crate::args::{Mirror, Selection, Verify, Wait, loop_number};
+use crate::args::{Mirror, Resync, Selection, Verify, Wait, loop_number};
 use crate::exit::Code;
 use crate::{output, size};
 
@@ -76,6 +76,14 @@ pub(crate) fn verify(context: &Context<'_>, args: &Verify) -> anyhow::Result<Cod
     let goes_on = "the verification goes on. dtloop status shows its result.";
     let outcome = ask(context, &request, goes_on)?;
     report(context, &outcome, "verification started")
+}
+
+pub(crate) fn resync(context: &Context<'_>, args: &Resync) -> anyhow::Result<Code> {
+    let request = Request::ResyncInPlace {
+        set: args.set.to_string(),
+    };
+    let outcome = ask(context, &request, "nothing was changed.")?;
+    report(context, &outcome, "the target goes on in its volumes")
 }
 
 pub(crate) fn wait(context: &Context<'_>, args: &Wait) -> anyhow::Result<Code> {

@@ -46,6 +46,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<Code> {
         Command::Set(args) => resize::set(&context, args),
         Command::Mirror(args) => jobs::mirror(&context, args),
         Command::Verify(args) => jobs::verify(&context, args),
+        Command::Resync(args) => jobs::resync(&context, args),
         Command::Wait(args) => jobs::wait(&context, args),
         Command::Bandwidth(args) => shaping::run(&context, args),
         Command::Spare => spare(&context),

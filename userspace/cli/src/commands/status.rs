@@ -317,6 +317,9 @@ impl Set {
             );
             text += &super::shaping::status(&agent.shaping);
         }
+        if let Some(staging) = self.agent.as_ref().and_then(|agent| agent.staging.as_ref()) {
+            text += &format!("  staging  {}\n", staged(staging));
+        }
         if let Some(stream) = &self.stream {
             text += &format!("  ring     {}\n", ring(stream));
         }
@@ -340,6 +343,21 @@ impl Set {
         rows.extend(self.devices.iter().map(Device::row));
         text + &output::table(&rows, &[2, 4])
     }
+}
+
+fn staged(staging: &dtloop_api::StagingStatus) -> String {
+    let bytes = size::bytes(staging.staged_bytes);
+    if staging.phase == "publishing" {
+        return format!("publishing, {bytes} to be written into the volumes");
+    }
+    let now = std::time::SystemTime::now();
+    let made = std::time::UNIX_EPOCH + Duration::from_millis(staging.consistent_unix_ms);
+    let age = now.duration_since(made).unwrap_or_default();
+    format!(
+        "staged, {bytes}; the volumes keep record {} of {} ago",
+        staging.consistent_seq,
+        size::duration(age)
+    )
 }
 
 fn target(set: &SetStatus) -> String {
