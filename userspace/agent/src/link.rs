@@ -181,7 +181,11 @@ impl Link {
                         return Err(LinkError::Silent);
                     }
                     let begin = Instant::now();
-                    self.wait(true, &[], left.map_or(WATCH_EVERY, |left| left.min(WATCH_EVERY)))?;
+                    self.wait(
+                        true,
+                        &[],
+                        left.map_or(WATCH_EVERY, |left| left.min(WATCH_EVERY)),
+                    )?;
                     self.blocked += begin.elapsed();
                     self.receive()?;
                     self.stash_messages()?;
