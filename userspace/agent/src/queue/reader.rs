@@ -2,6 +2,8 @@
 
 //! Reading the disk queue back, beside the thread that writes it.
 
+use std::sync::Arc;
+
 use dtloop_core::spool::Batch;
 use dtloop_journal::{Position, Reader};
 use dtloop_proto::header::HEADER_BYTES;
@@ -14,6 +16,8 @@ use super::Home;
 pub struct QueueReader {
     home: Home,
     reader: Option<Reader>,
+    /// What was read last, by place and first record: a batch may be sent in parts.
+    last: Option<(Position, u64, Arc<Vec<u8>>)>,
 }
 
 /// A record of the queue, checked.
@@ -38,7 +42,11 @@ impl QueueReader {
     /// For the queue that is kept there.
     #[must_use]
     pub fn new(home: Home) -> Self {
-        Self { home, reader: None }
+        Self {
+            home,
+            reader: None,
+            last: None,
+        }
     }
 
     /// Reads a batch. Its frames are still to be checked, see [`stored`].
@@ -46,7 +54,19 @@ impl QueueReader {
     /// # Errors
     ///
     /// Why it cannot be read.
-    pub fn read(&mut self, batch: &Batch<Position>) -> Result<Vec<u8>, String> {
+    pub fn read(&mut self, batch: &Batch<Position>) -> Result<Arc<Vec<u8>>, String> {
+        if let Some((place, first, frames)) = &self.last {
+            if (*place, *first) == (batch.place, batch.first) {
+                return Ok(Arc::clone(frames));
+            }
+        }
+        self.last = None;
+        let frames = Arc::new(self.read_anew(batch)?);
+        self.last = Some((batch.place, batch.first, Arc::clone(&frames)));
+        Ok(frames)
+    }
+
+    fn read_anew(&mut self, batch: &Batch<Position>) -> Result<Vec<u8>, String> {
         let going_on = self
             .reader
             .take()

@@ -195,13 +195,14 @@ impl Worker {
         stream: &dyn CaptureStream,
         session: &mut Session,
         batch: &Batch<Position>,
+        room: usize,
     ) -> Result<bool, End> {
         let Some(queue) = &mut self.queue else {
             return Ok(false);
         };
         let first = session.core.next_to_send();
         let packed = match queue.read(batch) {
-            Ok(frames) => self.pack_stored(stream, session, batch.next, &frames)?,
+            Ok(frames) => self.pack_stored(stream, session, batch.next, &frames, room)?,
             Err(reason) => Packed::nothing(first, reason),
         };
         if let Some(reason) = packed.fault {
@@ -210,17 +211,19 @@ impl Worker {
         self.send_batch(session, None, packed.sent, packed.next)
     }
 
-    /// Puts the records of a batch that are to be sent, those below `end`, into the outbox, up to the first damaged one.
+    /// Puts the records of a batch that are to be sent, those below `end`, into the outbox, up to the first damaged one or
+    /// until it holds `room` bytes.
     fn pack_stored(
         &mut self,
         stream: &dyn CaptureStream,
         session: &mut Session,
         end: u64,
         frames: &[u8],
+        room: usize,
     ) -> Result<Packed, End> {
         let first = session.core.next_to_send();
         let (mut seq, mut sent, mut rest) = (first, Sent::default(), frames);
-        while seq < end {
+        while seq < end && session.outbox.bytes() < room {
             let (record, bytes) = match stored(rest) {
                 Ok(found) if found.0.seq <= seq => found,
                 Ok(_) => return Ok(Packed::up_to(seq, sent, "a record is missing in it")),

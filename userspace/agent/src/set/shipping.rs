@@ -94,7 +94,7 @@ impl Worker {
         let first = session.core.next_to_send();
         let hold = match self.source_of(stream, session)? {
             Source::Ring(hold) => hold,
-            Source::Queue(batch) => return self.send_stored(stream, session, &batch),
+            Source::Queue(batch) => return self.send_stored(stream, session, &batch, room),
             Source::Nothing => return self.send_messages(session),
         };
         let mut seq = first;

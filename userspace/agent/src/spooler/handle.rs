@@ -121,7 +121,7 @@ impl QueueHandle {
     /// # Errors
     ///
     /// Why it cannot be read.
-    pub fn read(&mut self, batch: &Batch<Position>) -> Result<Vec<u8>, String> {
+    pub fn read(&mut self, batch: &Batch<Position>) -> Result<Arc<Vec<u8>>, String> {
         self.reader.read(batch)
     }
 
