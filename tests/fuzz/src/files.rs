@@ -5,7 +5,7 @@
 use std::io::BufReader;
 
 use dtloop_api::{Reply, Request, read_line, write_line};
-use dtloop_core::journal::{BATCH_HEADER_BYTES, BatchHeader, SEGMENT_HEADER_BYTES, SegmentHeader};
+use dtloop_journal::layout::{BATCH_HEADER_BYTES, BatchHeader, SEGMENT_HEADER_BYTES, SegmentHeader};
 use dtloop_core::replica::SetMemory;
 use dtloop_core::set::SetState;
 use dtloop_proto::Uuid;
@@ -17,7 +17,7 @@ pub(crate) fn journal(data: &[u8]) {
     let Some(([mode, segment, block], data)) = data.split_first_chunk() else {
         return;
     };
-    let (segment, offset) = (u64::from(*segment), u64::from(*block) * 4096);
+    let (number, offset) = (u64::from(*segment), u64::from(*block) * 4096);
     let mut block = Box::new([0; SEGMENT_HEADER_BYTES]);
     let bytes = data.len().min(block.len());
     block[..bytes].copy_from_slice(&data[..bytes]);
@@ -35,26 +35,45 @@ pub(crate) fn journal(data: &[u8]) {
         let crc = crc32fast::hash(&head[8..]);
         head[4..8].copy_from_slice(&crc.to_le_bytes());
     }
-    if let Some(header) = BatchHeader::parse(&head, segment, offset) {
-        assert_eq!(
-            BatchHeader::parse(&header.pack(), segment, offset),
-            Some(header)
-        );
-        assert!(BatchHeader::parse(&header.pack(), segment + 1, offset).is_none());
+    let segment = segment_header(number);
+    if let Some(header) = BatchHeader::parse(&head, &segment, offset) {
+        let packed = header.pack();
+        assert_eq!(BatchHeader::parse(&packed, &segment, offset), Some(header));
+        // It belongs nowhere else.
+        assert!(BatchHeader::parse(&packed, &segment, offset + 4096).is_none());
+        assert!(BatchHeader::parse(&packed, &segment_header(number + 1), offset).is_none());
+        let salt = segment.salt + 1;
+        let reused = SegmentHeader { salt, ..segment };
+        assert!(BatchHeader::parse(&packed, &reused, offset).is_none());
+    }
+}
+
+fn segment_header(number: u64) -> SegmentHeader {
+    SegmentHeader {
+        number,
+        bytes: 16 << 20,
+        owner: Uuid([1; 16]),
+        stream_uuid: Uuid([2; 16]),
+        first_seq: 100,
+        index_offset: 0,
+        salt: 0x5a17,
     }
 }
 
 pub(crate) fn journal_seeds() -> Vec<(String, Vec<u8>)> {
-    let segment = SegmentHeader {
-        number: 3,
-        bytes: 16 << 20,
-        source_id: Uuid([1; 16]),
-        stream_uuid: Uuid([2; 16]),
+    let segment = segment_header(3);
+    let batch = BatchHeader {
+        segment: 3,
+        offset: 4096,
+        bytes: 4000,
+        frames: 2,
+        digest: 7,
         first_seq: 100,
-        index_offset: 0,
+        next_seq: 102,
+        salt: segment.salt,
     };
+    let batch = [&[1, 3, 1][..], &batch.pack()].concat();
     let segment = [&[1, 3, 1][..], &segment.pack()[..128]].concat();
-    let batch = [&[0, 3, 1][..], b"DTJB", &[0; 60]].concat();
     vec![("segment".into(), segment), ("batch".into(), batch)]
 }
 
