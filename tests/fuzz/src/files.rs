@@ -5,9 +5,11 @@
 use std::io::BufReader;
 
 use dtloop_api::{Reply, Request, read_line, write_line};
-use dtloop_journal::layout::{BATCH_HEADER_BYTES, BatchHeader, SEGMENT_HEADER_BYTES, SegmentHeader};
 use dtloop_core::replica::SetMemory;
 use dtloop_core::set::SetState;
+use dtloop_journal::layout::{
+    BATCH_HEADER_BYTES, BatchHeader, SEGMENT_HEADER_BYTES, SegmentHeader,
+};
 use dtloop_proto::Uuid;
 use dtloop_proto::message::is_name;
 use dtloop_target::applier::Saved;
