@@ -12,7 +12,7 @@ use crate::replication_rig::{DEV, Rig};
 /// Writes some MiB of text to the device and returns how long the longest write took, in milliseconds.
 fn write_text(rig: &Rig, at_mib: u64, mib: u64) -> Result<u64> {
     rig.source().sh(format!(
-        "seq -f 'INSERT INTO accounts VALUES (%.0f, 99, now());' {at_mib}000000 99999999 | head -c {mib}M >/tmp/text"
+        "head -c {mib}M >/tmp/text < <(seq -f 'INSERT INTO accounts VALUES (%.0f, 99, now());' {at_mib}000000 99999999)"
     ))?;
     // A write at a time, each timed.
     let longest = rig.source().sh_within(

@@ -238,6 +238,9 @@ impl Worker {
             if seq == first {
                 sent.time_ns = record.body.time_ns;
             }
+            if sent.live_ns.is_none() && record.body.op != Op::Sync {
+                sent.live_ns = Some(record.body.time_ns);
+            }
             self.after_record(seq, &record.body);
             if sent.live_ns.is_none() && record.body.op != Op::Sync {
                 sent.live_ns = Some(record.body.time_ns);
