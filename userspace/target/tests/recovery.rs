@@ -11,6 +11,7 @@ use common::{Agent, Lab, random};
 use dtloop_abi::testing::REGION_SECTORS;
 use dtloop_abi::{Extent, raw};
 use dtloop_api::{MirrorKind, Recovery, Request, SetStatus};
+use dtloop_core::mirror::JobKind;
 
 const SECTORS: u64 = 8192;
 
@@ -187,13 +188,10 @@ fn doubtful_marks_lead_to_a_comparison_of_everything_with_the_reason() {
         lose(&lab, 40);
         let target = lab.start_target();
         let mut agent = lab.start_agent(target);
-        agent.wait_for(|status| {
-            status
-                .devices
-                .iter()
-                .any(|device| device.reason.contains(reason))
-        });
         assert_eq!(finish(&lab, &mut agent), None, "{reason}");
         agent.stop();
+        let job = lab.last_job();
+        assert_eq!(job.kind, JobKind::Difference);
+        assert!(job.reason.contains(reason), "{reason}: {}", job.reason);
     }
 }

@@ -29,6 +29,8 @@ use dtloop_agent::control::{self, Sets};
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::Streams;
 use dtloop_api::{Client, ClientError, Connection, Failure, Outcome, Request, SetStatus};
+use dtloop_core::mirror::JobState;
+use dtloop_core::replica::SetMemory;
 use dtloop_core::size::Size;
 use dtloop_disk::{Disk, DiskFile, SimDisk, Space};
 use dtloop_target::applier::Saved;
@@ -346,6 +348,13 @@ impl Lab {
             sectors.len(),
             &sectors[..sectors.len().min(20)]
         );
+    }
+
+    /// The agent's last job.
+    pub fn last_job(&self) -> JobState {
+        let path = self.dir.path().join("agent/db.set");
+        let memory: SetMemory = dtloop_store::load(&path).unwrap().unwrap();
+        memory.job.unwrap()
     }
 
     pub fn saved_dir(&self) -> PathBuf {
