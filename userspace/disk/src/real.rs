@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -34,6 +34,13 @@ fn is_missing(errno: Errno) -> bool {
     matches!(
         errno,
         Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS | Errno::ENODEV
+    )
+}
+
+fn is_read_only(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
     )
 }
 
@@ -120,14 +127,15 @@ impl Disk for RealDisk {
             .read(true)
             .write(true)
             .create(create)
+            // What the daemons keep is nobody else's: keys, and the data of other people's disks.
+            .mode(0o600)
             .truncate(false);
-        let opened = match options.open(path) {
-            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem && !create => {
-                File::open(path)
-            }
-            opened => opened,
-        };
-        Ok(Arc::new(opened?))
+        match options.open(path) {
+            Ok(file) => Ok(Arc::new(file)),
+            // What may only be read can be read.
+            Err(error) if !create && is_read_only(&error) => Ok(Arc::new(File::open(path)?)),
+            Err(error) => Err(error),
+        }
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

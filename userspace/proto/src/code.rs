@@ -37,7 +37,7 @@ codes! {
     VERSION = 1, "version-mismatch";
     /// A frame that cannot be understood.
     MALFORMED = 2, "malformed";
-    /// The volume or the set belongs to another source.
+    /// The volume or the set belongs to another source, or the source is not one that the target knows.
     FOREIGN_SOURCE = 3, "foreign-source";
     /// The source is older than what the target has already seen of it.
     OLDER_GENERATION = 4, "older-generation";

@@ -61,6 +61,10 @@ message_types! {
     Welcome = 2;
     /// Target to source: it may not; the connection ends.
     Refuse = 3;
+    /// Source to target, first frame of a pairing.
+    Pair = 4;
+    /// Target to source: they are paired; the connection ends.
+    Paired = 5;
     /// A record with its payload, if it has one.
     Record = 0x10;
     /// A SYNC record whose payload is all zero; the payload is left out.
@@ -97,7 +101,10 @@ impl MessageType {
     /// Whether this type belongs to the handshake, whose encoding never changes.
     #[must_use]
     pub fn is_handshake(self) -> bool {
-        matches!(self, Self::Hello | Self::Welcome | Self::Refuse)
+        matches!(
+            self,
+            Self::Hello | Self::Welcome | Self::Refuse | Self::Pair | Self::Paired
+        )
     }
 
     /// Whether frames of this type have a place in the record sequence.

@@ -41,3 +41,6 @@ pub const HASH_BYTES: usize = 32;
 
 /// Most bytes that a [`Packed`](crate::header::MessageType::Packed) frame unpacks to: a receive buffer of the target.
 pub const PACKED_RAW_BYTES_MAX: usize = 2 << 20;
+
+/// Length of the one-time token of a pairing in bytes: 20 bits that name the invitation, 60 that nobody can guess.
+pub const TOKEN_BYTES: usize = 10;

@@ -125,6 +125,43 @@ pub struct Refuse {
     pub text: String,
 }
 
+/// First frame of a pairing, source to target, inside a TLS connection in which the source has proved the target's key
+/// by the code and shown its own. Its encoding never changes.
+#[derive(Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Pair {
+    /// Name and version of the program, for people.
+    pub software: String,
+    /// The name that the source proposes for itself.
+    pub name: String,
+    /// The one-time token of the code: a secret.
+    pub token: [u8; limits::TOKEN_BYTES],
+    /// For later versions.
+    pub options: Vec<HandshakeOption>,
+}
+
+impl std::fmt::Debug for Pair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without the token: what is printed may be logged.
+        f.debug_struct("Pair")
+            .field("software", &self.software)
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Target to source: from now on each knows the other's key. Its encoding never changes.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Paired {
+    /// Name and version of the program, for people.
+    pub software: String,
+    /// The name under which the target knows the source.
+    pub name: String,
+    /// Who the target is.
+    pub target_id: Uuid,
+    /// For later versions.
+    pub options: Vec<HandshakeOption>,
+}
+
 /// A statement of the source about the stream; the frame's `seq` is the position: it holds when
 /// every record below has been applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
@@ -308,6 +345,10 @@ pub enum Message {
     Welcome(Welcome),
     /// See [`Refuse`].
     Refuse(Refuse),
+    /// See [`Pair`].
+    Pair(Pair),
+    /// See [`Paired`].
+    Paired(Paired),
     /// See [`Marker`].
     Marker(Marker),
     /// See [`DeviceOffer`].
@@ -401,6 +442,8 @@ impl Message {
             Self::Hello(_) => MessageType::Hello,
             Self::Welcome(_) => MessageType::Welcome,
             Self::Refuse(_) => MessageType::Refuse,
+            Self::Pair(_) => MessageType::Pair,
+            Self::Paired(_) => MessageType::Paired,
             Self::Marker(_) => MessageType::Marker,
             Self::Bind(_) => MessageType::Bind,
             Self::Ack(_) => MessageType::Ack,
@@ -435,6 +478,26 @@ impl Message {
             Self::Refuse(refuse) | Self::Bye(refuse) => {
                 check_length("text", refuse.text.len(), limits::TEXT_BYTES_MAX)
             }
+            Self::Pair(Pair {
+                software,
+                name,
+                options,
+                ..
+            })
+            | Self::Paired(Paired {
+                software,
+                name,
+                options,
+                ..
+            }) => {
+                check_length("software", software.len(), limits::SOFTWARE_BYTES_MAX)?;
+                check_options(options)?;
+                if is_name(name) {
+                    Ok(())
+                } else {
+                    Err(BodyError::Value("name"))
+                }
+            }
             Self::Bind(offer) => offer.check(),
             Self::Verified(verified) => {
                 check_length("mismatches", verified.mismatches.len(), limits::RANGES_MAX)
@@ -459,6 +522,8 @@ impl Message {
             Self::Hello(value) => body::encode(value, out),
             Self::Welcome(value) => body::encode(value, out),
             Self::Refuse(value) | Self::Bye(value) => body::encode(value, out),
+            Self::Pair(value) => body::encode(value, out),
+            Self::Paired(value) => body::encode(value, out),
             Self::Marker(value) => body::encode(value, out),
             Self::Bind(value) => body::encode(value, out),
             Self::Ack(value) => body::encode(value, out),
@@ -481,6 +546,8 @@ impl Message {
             MessageType::Hello => Self::Hello(body::decode(bytes)?),
             MessageType::Welcome => Self::Welcome(body::decode(bytes)?),
             MessageType::Refuse => Self::Refuse(body::decode(bytes)?),
+            MessageType::Pair => Self::Pair(body::decode(bytes)?),
+            MessageType::Paired => Self::Paired(body::decode(bytes)?),
             MessageType::Marker => Self::Marker(body::decode(bytes)?),
             MessageType::Bind => Self::Bind(body::decode(bytes)?),
             MessageType::Ack => Self::Ack(body::decode(bytes)?),

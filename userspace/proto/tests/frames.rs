@@ -115,6 +115,22 @@ fn message() -> impl Strategy<Value = Message> {
         welcome().prop_map(Message::Welcome),
         refuse().prop_map(Message::Refuse),
         refuse().prop_map(Message::Bye),
+        (name(), any::<[u8; 10]>(), options()).prop_map(|(name, token, options)| Message::Pair(
+            Pair {
+                software: "dtloop".into(),
+                name,
+                token,
+                options,
+            }
+        )),
+        (name(), uuid(), options()).prop_map(|(name, target_id, options)| Message::Paired(
+            Paired {
+                software: "dttarget".into(),
+                name,
+                target_id,
+                options,
+            }
+        )),
         marker().prop_map(Message::Marker),
         offer().prop_map(Message::Bind),
         any::<[u64; 4]>().prop_map(|seqs| Message::Ack(Ack {

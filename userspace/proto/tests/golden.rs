@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The bytes on the wire, literally. The three handshake messages can never change. The others
+//! The bytes on the wire, literally. The handshake messages can never change. The others
 //! can change only together with a new protocol version.
 
 #![expect(clippy::unwrap_used, reason = "a test")]
@@ -105,6 +105,25 @@ fn refuse_is_frozen() {
         text: "no".into(),
     };
     assert_golden("Refuse", 0, 0, &Message::Refuse(refuse), REFUSE);
+}
+
+#[test]
+fn pairing_is_frozen() {
+    let pair = Pair {
+        software: "dtloop 0.1.0".into(),
+        name: "alpha".into(),
+        token: *b"ten_bytes!",
+        options: vec![],
+    };
+    assert!(!format!("{pair:?}").contains("116"), "the token is shown");
+    assert_golden("Pair", 0, 0, &Message::Pair(pair), PAIR);
+    let paired = Paired {
+        software: "dttarget 0.1.0".into(),
+        name: "alpha".into(),
+        target_id: Uuid(*b"target-id-16-byt"),
+        options: vec![],
+    };
+    assert_golden("Paired", 0, 0, &Message::Paired(paired), PAIRED);
 }
 
 #[test]
@@ -250,6 +269,24 @@ const REFUSE: &str = "\
 00000000000000000000000000000000
 00000000000000000c00000000000000
 030002000000000000006e6f
+";
+const PAIR: &str = "\
+44544c5066a4dcf6b0989d9300000400
+00000000000000000000000000000000
+00000000000000003300000000000000
+0c0000000000000064746c6f6f702030
+2e312e300500000000000000616c7068
+6174656e5f6279746573210000000000
+000000
+";
+const PAIRED: &str = "\
+44544c509d78c2138a897c1100000500
+00000000000000000000000000000000
+00000000000000003b00000000000000
+0e000000000000006474746172676574
+20302e312e300500000000000000616c
+7068617461726765742d69642d31362d
+6279740000000000000000
 ";
 const RECORD: &str = "\
 44544c506163339bc471a57e01001000
