@@ -314,18 +314,21 @@ fn wait(set: &SetShared, timeout_ms: Option<u64>, answer: &mut Answer<'_>) -> Do
     };
     let mut reported = None::<Instant>;
     loop {
-        let snapshot = set.next_snapshot(Duration::from_millis(100));
+        // What was published before the thread looked for changes outside of the stream does not know of them.
+        let fresh = set.fresh_snapshot(Duration::from_millis(100));
         if set.is_stopping() {
             return Ok(Err(shutting_down()));
         }
+        let is_fresh = fresh.is_some();
+        let snapshot = fresh.unwrap_or_else(|| set.snapshot());
         let applied_seq = snapshot.status.applied_seq;
-        if snapshot.settled && applied_seq >= seq {
+        if is_fresh && snapshot.settled && applied_seq >= seq {
             return Ok(Ok(Outcome::Wait(WaitResult {
                 seq,
                 elapsed_ms: ms(began.elapsed()),
             })));
         }
-        if let Some(reason) = &snapshot.hopeless {
+        if let Some(reason) = snapshot.hopeless.as_ref().filter(|_| is_fresh) {
             let message = format!("The target cannot get everything: {reason}.");
             return Ok(Err(Failure::new(FailureCode::TargetRefused, message)));
         }

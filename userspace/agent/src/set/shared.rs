@@ -3,7 +3,7 @@
 //! What the set's thread shares with the control socket.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -64,6 +64,7 @@ pub struct SetShared {
     pub(super) commands: Mutex<VecDeque<Command>>,
     pub(super) wake: EventFd,
     pub(super) snapshot: Mutex<Snapshot>,
+    pub(super) publications: AtomicU64,
     pub(super) changed: Condvar,
     pub(super) watchers: AtomicUsize,
     /// A command is waiting for which a send must not be waited for.
@@ -86,6 +87,7 @@ impl SetShared {
             commands: Mutex::default(),
             wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
             snapshot: Mutex::new(Snapshot::new(&config.name, &config.target)),
+            publications: AtomicU64::new(0),
             changed: Condvar::new(),
             watchers: AtomicUsize::new(0),
             urgent: AtomicBool::new(false),
@@ -114,17 +116,24 @@ impl SetShared {
         lock(&self.snapshot).clone()
     }
 
-    /// Waits for the next publication; more often than usual while somebody does.
+    /// Waits for the next publication, which comes more often while somebody does. Without one in this time: the last one.
     pub fn next_snapshot(&self, timeout: Duration) -> Snapshot {
+        let fresh = self.fresh_snapshot(timeout);
+        fresh.unwrap_or_else(|| self.snapshot())
+    }
+
+    /// As [`SetShared::next_snapshot`], but nothing that was published before the call.
+    pub fn fresh_snapshot(&self, timeout: Duration) -> Option<Snapshot> {
+        let seen = self.publications.load(Ordering::Relaxed);
         self.watchers.fetch_add(1, Ordering::Relaxed);
         self.wake();
-        let guard = lock(&self.snapshot);
-        let (guard, _) = self
+        let is_old = |_: &mut Snapshot| self.publications.load(Ordering::Relaxed) == seen;
+        let (guard, waited) = self
             .changed
-            .wait_timeout(guard, timeout)
+            .wait_timeout_while(lock(&self.snapshot), timeout, is_old)
             .unwrap_or_else(PoisonError::into_inner);
         self.watchers.fetch_sub(1, Ordering::Relaxed);
-        guard.clone()
+        (!waited.timed_out()).then(|| guard.clone())
     }
 
     /// Ends the thread.

@@ -87,7 +87,10 @@ impl Worker {
                 device.reason
             )
         });
-        *lock(&self.shared.snapshot) = snapshot;
+        let mut published = lock(&self.shared.snapshot);
+        *published = snapshot;
+        self.shared.publications.fetch_add(1, Ordering::Relaxed);
+        drop(published);
         self.shared.changed.notify_all();
     }
 
