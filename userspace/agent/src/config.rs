@@ -4,6 +4,7 @@
 
 mod shaping;
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,11 +19,14 @@ pub const CONFIG_PATH: &str = "/etc/DT/dtloop.toml";
 /// Where state is kept.
 pub const STATE_DIR: &str = "/var/lib/dtloop/agent";
 
-/// How frames travel. Plaintext has to be asked for by name; TLS comes later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+/// How frames travel. Plaintext has to be asked for by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TransportKind {
-    /// As they are. For trusted networks only.
+    /// TLS 1.3 with a paired target.
+    #[default]
+    Tls,
+    /// As they are, to anybody. To loopback addresses only.
     Plaintext,
 }
 
@@ -94,6 +98,7 @@ pub struct SetConfig {
     /// Address and port of the target.
     pub target: String,
     /// How frames travel.
+    #[serde(default)]
     pub transport: TransportKind,
     /// Longest pause before the next attempt to connect, in milliseconds.
     #[serde(default = "default_retry_ms_max")]
@@ -166,6 +171,11 @@ fn default_socket() -> PathBuf {
     dtloop_api::SOCKET_PATH.into()
 }
 
+/// Whether what is sent there stays on this machine.
+pub(crate) fn is_loopback(address: &SocketAddr) -> bool {
+    address.ip().to_canonical().is_loopback()
+}
+
 impl Config {
     /// Reads and checks a configuration file.
     ///
@@ -201,6 +211,16 @@ impl Config {
                 "The target of set \"{}\" is not of the form host:port",
                 set.name
             );
+            // A name is checked when it is resolved, at each connection.
+            let address = set.target.parse::<SocketAddr>();
+            ensure!(
+                set.transport == TransportKind::Tls
+                    || address.is_err()
+                    || address.is_ok_and(|address| is_loopback(&address)),
+                "Plaintext is for loopback addresses only, and the target of set \"{}\" is none; leave out transport = \
+                 \"plaintext\" and pair (dtloop pair)",
+                set.name
+            );
             ensure!(
                 set.retry_ms_max >= 10,
                 "retry_ms_max of set \"{}\" is below 10",
@@ -227,7 +247,7 @@ mod tests {
     #[test]
     fn the_example_is_understood() {
         let text =
-            "[[set]]\nname = \"default\"\ntarget = \"10.0.2.2:7788\"\ntransport = \"plaintext\"\n";
+            "[[set]]\nname = \"default\"\ntarget = \"127.0.0.1:7788\"\ntransport = \"plaintext\"\n";
         let config = Config::parse(text).unwrap();
         assert_eq!(config.sets[0].retry_max(), Duration::from_secs(2));
         assert_eq!(config.socket, Path::new("/run/dtloop/agent.sock"));
@@ -248,9 +268,11 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let refused = |text: &str| format!("{:#}", Config::parse(text).unwrap_err());
-        assert!(refused("[[set]]\nname = \"a\"\ntarget = \"h:1\"\n").contains("transport"));
+        let tls = Config::parse("[[set]]\nname = \"a\"\ntarget = \"h:1\"\n").unwrap();
+        assert_eq!(tls.sets[0].transport, TransportKind::Tls);
         let set = "[[set]]\nname = \"a\"\ntarget = \"h:1\"\ntransport = \"plaintext\"\n";
         assert!(refused(&(set.to_owned() + set)).contains("Two sets"));
+        assert!(refused(&set.replace("h:1", "192.0.2.1:1")).contains("loopback"));
         assert!(refused(&set.replace("h:1", "h")).contains("host:port"));
         assert!(refused(&set.replace("\"a\"", "\"a/b\"")).contains("a/b"));
         let queue = |more: &str| refused(&format!("{set}[set.queue]\n{more}"));

@@ -11,13 +11,14 @@
 //!
 //! A record stays in the ring until the target or the set's disk queue (`queue`, filled by `spooler`) holds it durably, so
 //! a killed agent and a cut connection lose nothing. `set` holds the thread of a set, `link` its
-//! connection, `control` the socket for `dtloop`. What decides is in `dtloop-core`.
+//! connection, `pairing` how that comes to be trusted, `control` the socket for `dtloop`. What decides is in `dtloop-core`.
 
 #![forbid(unsafe_code)]
 
 pub mod config;
 pub mod control;
 pub mod link;
+pub mod pairing;
 pub mod queue;
 pub mod set;
 pub mod shaper;

@@ -1,22 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! The connection of a set to its target: bytes in, bytes out, without ever being stuck in one
-//! direction. The place that will learn TLS.
+//! The connection of a set to its target: bytes in, bytes out, without ever being stuck in one direction; inside TLS, or as
+//! they are on loopback.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dtloop_proto::{Decoded, FrameError, Header, Message, decode};
+use dtloop_trust::tls::{self, Expect, REPLICATE};
+use dtloop_trust::vault::VaultError;
+use dtloop_trust::{Pin, Tunnel, TunnelError, Vault};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use crate::config::TransportKind;
+use crate::config::{TransportKind, is_loopback};
 
 /// Longest time to connect to one address.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Longest time until both sides have shown their keys.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The target must take something, or say something when asked, within this time.
 pub const SILENCE_MAX: Duration = Duration::from_secs(15);
@@ -46,6 +52,35 @@ pub enum LinkError {
     /// The target closed it.
     #[error("the target closed the connection")]
     Closed,
+    /// It ended without the target's farewell.
+    #[error("the connection was cut")]
+    Cut,
+    /// Plaintext was asked for, but not on this machine.
+    #[error(
+        "plaintext is for loopback addresses only, and {0} is none; leave out transport = \"plaintext\" and pair (dtloop pair)"
+    )]
+    Open(SocketAddr),
+    /// There is no pin for this target.
+    #[error(
+        "this machine is not paired with {0}: run \"dttarget invite\" there, then \"dtloop pair {0} CODE\" here"
+    )]
+    NotPaired(String),
+    /// The target's key is not the one of the pairing.
+    #[error(
+        "{0} has another key than when it was paired: it was set up anew, or somebody is in between; nothing was sent. If it was set up anew, pair again: \"dttarget invite\" there, then \"dtloop pair {0} CODE\" here"
+    )]
+    WrongKey(String),
+    /// The target does not take our key.
+    #[error(
+        "{0} does not know this machine's key: it was revoked there, or the target lost its state; to pair again, run \"dttarget invite\" there, then \"dtloop pair {0} CODE\" here"
+    )]
+    NotKnown(String),
+    /// TLS, otherwise.
+    #[error("{0}")]
+    Tunnel(TunnelError),
+    /// What is kept of keys.
+    #[error("{0}")]
+    Vault(#[from] VaultError),
     /// The target is silent.
     #[error("the target has not answered for {} s", SILENCE_MAX.as_secs())]
     Silent,
@@ -55,6 +90,17 @@ pub enum LinkError {
     /// The target sends more than it should.
     #[error("the target sends more than it should")]
     Flood,
+}
+
+impl LinkError {
+    /// Whether it stays so until somebody does something.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Open(_) | Self::NotPaired(_) | Self::WrongKey(_) | Self::NotKnown(_)
+        )
+    }
 }
 
 /// Who is told what happens while a send waits for the target, which reads nothing when one of its disks fails or is full.
@@ -69,6 +115,9 @@ pub trait Watcher: Send + Sync {
 /// See the module documentation.
 pub struct Link {
     stream: TcpStream,
+    target: String,
+    /// None in plaintext.
+    tunnel: Option<Tunnel>,
     chunk: Box<[u8]>,
     inbox: Vec<u8>,
     read: usize,
@@ -82,7 +131,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// Connects.
+    /// Connects. With TLS, both sides have shown their keys when this returns, and the target's is the one of the pairing.
     ///
     /// # Errors
     ///
@@ -90,35 +139,105 @@ impl Link {
     pub fn connect(
         target: &str,
         transport: TransportKind,
+        vault: &Vault,
         watcher: Arc<dyn Watcher>,
-    ) -> io::Result<Self> {
+    ) -> Result<Self, LinkError> {
+        let tunnel = match transport {
+            TransportKind::Plaintext => None,
+            TransportKind::Tls => Some(Self::tunnel(target, vault)?),
+        };
+        Self::open(target, tunnel, watcher)
+    }
+
+    /// As [`Link::connect`], with a tunnel that is begun already.
+    pub(crate) fn open(
+        target: &str,
+        tunnel: Option<Tunnel>,
+        watcher: Arc<dyn Watcher>,
+    ) -> Result<Self, LinkError> {
+        let stream = Self::dial(target, tunnel.is_none())?;
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(true)?;
+        dtloop_abi::limit_unsent(stream.as_fd(), UNSENT_BYTES_MAX).map_err(io::Error::from)?;
+        let mut link = Self {
+            stream,
+            target: target.to_owned(),
+            tunnel,
+            chunk: vec![0; READ_BYTES].into_boxed_slice(),
+            inbox: vec![],
+            read: 0,
+            stash: VecDeque::new(),
+            watcher,
+            heard: Instant::now(),
+            blocked: Duration::ZERO,
+        };
+        link.shake()?;
+        Ok(link)
+    }
+
+    /// The target's key; none in plaintext.
+    #[must_use]
+    pub fn peer(&self) -> Option<Pin> {
+        self.tunnel.as_ref().and_then(Tunnel::peer)
+    }
+
+    fn dial(target: &str, plaintext: bool) -> Result<TcpStream, LinkError> {
         let mut last = io::Error::new(
             io::ErrorKind::NotFound,
             "the name of the target has no address",
         );
         for address in target.to_socket_addrs()? {
+            if plaintext && !is_loopback(&address) {
+                return Err(LinkError::Open(address));
+            }
             match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
-                Ok(stream) => {
-                    let TransportKind::Plaintext = transport;
-                    stream.set_nodelay(true)?;
-                    stream.set_nonblocking(true)?;
-                    dtloop_abi::limit_unsent(stream.as_fd(), UNSENT_BYTES_MAX)?;
-                    let chunk = vec![0; READ_BYTES].into_boxed_slice();
-                    return Ok(Self {
-                        stream,
-                        chunk,
-                        inbox: vec![],
-                        read: 0,
-                        stash: VecDeque::new(),
-                        watcher,
-                        heard: Instant::now(),
-                        blocked: Duration::ZERO,
-                    });
-                }
+                Ok(stream) => return Ok(stream),
                 Err(error) => last = error,
             }
         }
-        Err(last)
+        Err(last.into())
+    }
+
+    /// Pins and key are read anew for each connection: a pairing is seen without a restart.
+    fn tunnel(target: &str, vault: &Vault) -> Result<Tunnel, LinkError> {
+        let targets = vault.targets()?;
+        let Some(known) = targets.at(target) else {
+            return Err(LinkError::NotPaired(target.to_owned()));
+        };
+        let config = tls::source_config(&vault.identity()?, Expect::Pinned(known.pin), REPLICATE);
+        let config = config.map_err(|error| LinkError::Tunnel(error.into()))?;
+        Tunnel::source(config).map_err(LinkError::Tunnel)
+    }
+
+    /// Waits until both sides have shown their keys.
+    fn shake(&mut self) -> Result<(), LinkError> {
+        let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+        loop {
+            // The last of it is ours to say.
+            let write = match self.write_some(&mut [].as_mut_slice()) {
+                Ok(flushed) => !flushed,
+                Err(LinkError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => true,
+                Err(error) => return Err(error),
+            };
+            let handshaking = self.tunnel.as_ref().is_some_and(Tunnel::is_handshaking);
+            if !handshaking && !write {
+                return Ok(());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(LinkError::Silent);
+            }
+            self.wait(write, &[], left)?;
+            self.receive()?;
+        }
+    }
+
+    fn failed(&self, error: TunnelError) -> LinkError {
+        match error {
+            TunnelError::WrongKey => LinkError::WrongKey(self.target.clone()),
+            TunnelError::NotKnown => LinkError::NotKnown(self.target.clone()),
+            error => LinkError::Tunnel(error),
+        }
     }
 
     /// Waits until the target can be read, or written if asked, or another file can be read.
@@ -133,7 +252,8 @@ impl Link {
         timeout: Duration,
     ) -> io::Result<()> {
         let mut events = PollFlags::POLLIN;
-        events.set(PollFlags::POLLOUT, write);
+        let unsent = self.tunnel.as_ref().is_some_and(Tunnel::wants_write);
+        events.set(PollFlags::POLLOUT, write || unsent);
         let mut fds = Vec::with_capacity(others.len() + 1);
         fds.push(PollFd::new(self.stream.as_fd(), events));
         fds.extend(others.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)));
@@ -153,7 +273,8 @@ impl Link {
         self.send_within(&mut pieces, None)
     }
 
-    /// Writes everything, or what can be written in this time; `pieces` is what is left.
+    /// Writes everything, or what can be written in this time; `pieces` is what is left. What is encrypted already when the
+    /// time is over follows with the next write, read or wait.
     ///
     /// # Errors
     ///
@@ -165,14 +286,11 @@ impl Link {
     ) -> Result<(), LinkError> {
         let begin = Instant::now();
         let mut moved = begin;
-        while !pieces.is_empty() {
-            match self.stream.write_vectored(pieces) {
-                Ok(0) => return Err(LinkError::Closed),
-                Ok(written) => {
-                    IoSlice::advance_slices(pieces, written);
-                    moved = Instant::now();
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+        loop {
+            match self.write_some(pieces) {
+                Ok(true) => return Ok(()),
+                Ok(false) => moved = Instant::now(),
+                Err(LinkError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                     let left = patience.map(|patience| patience.saturating_sub(begin.elapsed()));
                     if left.is_some_and(|left| left.is_zero()) {
                         return Ok(());
@@ -190,11 +308,53 @@ impl Link {
                     self.receive()?;
                     self.stash_messages()?;
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
+                Err(LinkError::Io(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
-        Ok(())
+    }
+
+    /// One write. True: everything is on its way.
+    fn write_some(&mut self, pieces: &mut &mut [IoSlice<'_>]) -> Result<bool, LinkError> {
+        IoSlice::advance_slices(pieces, 0);
+        let Some(tunnel) = &mut self.tunnel else {
+            if !pieces.is_empty() {
+                match self.stream.write_vectored(pieces)? {
+                    0 => return Err(LinkError::Closed),
+                    written => IoSlice::advance_slices(pieces, written),
+                }
+            }
+            return Ok(pieces.is_empty());
+        };
+        if !pieces.is_empty() {
+            match tunnel.seal(pieces) {
+                Ok(sealed) => IoSlice::advance_slices(pieces, sealed),
+                Err(error) => return Err(self.failed(error)),
+            }
+        }
+        if tunnel.wants_write() && tunnel.write_to(&mut &self.stream)? == 0 {
+            return Err(LinkError::Closed);
+        }
+        Ok(pieces.is_empty() && !tunnel.wants_write())
+    }
+
+    /// Writes what is encrypted already, as far as it goes without waiting.
+    fn flush(&mut self) -> Result<(), LinkError> {
+        if !self.tunnel.as_ref().is_some_and(Tunnel::wants_write) {
+            return Ok(());
+        }
+        match self.write_some(&mut [].as_mut_slice()) {
+            Ok(_) => Ok(()),
+            Err(LinkError::Io(error))
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn stash_messages(&mut self) -> Result<(), LinkError> {
@@ -218,6 +378,7 @@ impl Link {
     ///
     /// Why the connection cannot be used any more.
     pub fn receive(&mut self) -> Result<(), LinkError> {
+        self.flush()?;
         loop {
             if self.read > 0 {
                 self.inbox.drain(..self.read);
@@ -227,10 +388,10 @@ impl Link {
                 return Err(LinkError::Flood);
             }
             match self.stream.read(&mut self.chunk) {
-                Ok(0) => return Err(LinkError::Closed),
+                Ok(0) => return Err(self.ended()),
                 Ok(bytes) => {
-                    self.inbox.extend_from_slice(&self.chunk[..bytes]);
                     self.heard = Instant::now();
+                    self.take_in(bytes)?;
                     if bytes < READ_BYTES {
                         return Ok(());
                     }
@@ -238,6 +399,42 @@ impl Link {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// What an end of the connection means.
+    fn ended(&self) -> LinkError {
+        match &self.tunnel {
+            Some(tunnel) if !tunnel.is_closed() => LinkError::Cut,
+            _ => LinkError::Closed,
+        }
+    }
+
+    /// Takes in what was read into the chunk.
+    fn take_in(&mut self, bytes: usize) -> Result<(), LinkError> {
+        let Some(tunnel) = &mut self.tunnel else {
+            self.inbox.extend_from_slice(&self.chunk[..bytes]);
+            return Ok(());
+        };
+        let mut taken = 0;
+        loop {
+            let have = self.inbox.len();
+            // A record never gives more than was read for it and what of it was read before.
+            self.inbox.resize(have + 2 * READ_BYTES, 0);
+            let opened = tunnel.open(&self.chunk[taken..bytes], &mut self.inbox[have..]);
+            let given = opened.as_ref().map_or(0, |opened| opened.given);
+            self.inbox.truncate(have + given);
+            match opened {
+                Ok(opened) => taken += opened.taken,
+                Err(error) => {
+                    // The target is told what was wrong with it, if it still listens.
+                    let _ = tunnel.write_to(&mut &self.stream);
+                    return Err(self.failed(error));
+                }
+            }
+            if given == 0 {
+                return Ok(());
             }
         }
     }
@@ -295,6 +492,11 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
+        if let Some(tunnel) = &mut self.tunnel {
+            tunnel.close();
+            // As far as it goes without waiting.
+            let _ = tunnel.write_to(&mut &self.stream);
+        }
         // It may have ended already.
         let _ = self.stream.shutdown(Shutdown::Both);
     }

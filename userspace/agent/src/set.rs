@@ -39,6 +39,7 @@ use dtloop_proto::message::{
     Welcome,
 };
 use dtloop_proto::{Message, Uuid};
+use dtloop_trust::Vault;
 
 use queueing::LostRange;
 use shared::lock;
@@ -178,6 +179,7 @@ pub struct Worker {
     shared: Arc<SetShared>,
     streams: Arc<dyn Streams>,
     source_id: Uuid,
+    vault: Vault,
     path: PathBuf,
     memory: SetMemory,
     persisted: SetMemory,
@@ -259,6 +261,7 @@ impl Worker {
             shared,
             streams,
             source_id,
+            vault: Vault::new(state_dir),
             path,
             persisted: memory.clone(),
             memory,
@@ -465,6 +468,11 @@ impl Worker {
                     };
                     pause = self.config.retry_max() * 5;
                 }
+                End::Link(ref error) if error.is_refusal() => {
+                    self.connection = Connection::Refused {
+                        reason: error.to_string(),
+                    };
+                }
                 _ => {
                     self.connection = Connection::Connecting {
                         reason: end.to_string(),
@@ -528,8 +536,12 @@ impl Worker {
             retry_ms: 0,
         };
         let watcher = Arc::clone(&self.shared) as Arc<dyn Watcher>;
-        let mut link = Link::connect(&self.config.target, self.config.transport, watcher)
-            .map_err(LinkError::from)?;
+        let mut link = Link::connect(
+            &self.config.target,
+            self.config.transport,
+            &self.vault,
+            watcher,
+        )?;
         let (first_seq, next_seq) = (self.first_seq(stream), stream.ring().next_seq());
         let hello = Hello {
             version_min: dtloop_proto::VERSION_MIN,

@@ -77,6 +77,12 @@ pub(crate) enum Command {
     Wait(Wait),
     /// Show or change how much a set may send
     Bandwidth(Bandwidth),
+    /// Pair this machine with a target, by the code that "dttarget invite" prints there
+    Pair(Pair),
+    /// List the targets that this machine is paired with
+    Peers(Peers),
+    /// Trust a target no more
+    Unpair(Unpair),
     /// Keep unbound stock loop devices on hand; called by udev
     #[command(hide = true)]
     Spare,
@@ -339,6 +345,50 @@ pub(crate) struct Bandwidth {
     pub(crate) schedule: bool,
 }
 
+/// Where the agent keeps its keys.
+#[derive(Debug, Args)]
+pub(crate) struct TrustFiles {
+    /// The agent's configuration, which says where its state is [default: /etc/DT/dtloop.toml]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) config: Option<PathBuf>,
+    /// The agent's state directory, instead of the configured one
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub(crate) struct Pair {
+    /// Address and port of the target, written as in the configuration of the set
+    #[arg(value_name = "HOST:PORT", value_parser = parse_target)]
+    pub(crate) target: String,
+    /// The code; hyphens, blanks and small letters do not matter
+    #[arg(required = true)]
+    pub(crate) code: Vec<String>,
+    /// Name under which the target is to know this machine, unless the invitation has one
+    /// [default: the host name]
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    pub(crate) name: Option<Name>,
+    #[command(flatten)]
+    pub(crate) files: TrustFiles,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Peers {
+    #[command(flatten)]
+    pub(crate) files: TrustFiles,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub(crate) struct Unpair {
+    /// Address and port of the target, as dtloop peers shows it
+    #[arg(value_name = "HOST:PORT", value_parser = parse_target)]
+    pub(crate) target: String,
+    #[command(flatten)]
+    pub(crate) files: TrustFiles,
+}
+
 /// What happens when a set's ring is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Policy {
@@ -392,6 +442,14 @@ pub(crate) fn loop_number(text: &str) -> Option<u32> {
 
 fn parse_name(text: &str) -> Result<Name, String> {
     Name::new(text).map_err(|error| error.to_string())
+}
+
+fn parse_target(text: &str) -> Result<String, String> {
+    let port = text.rsplit_once(':').map(|(_, port)| port.parse::<u16>());
+    match port {
+        Some(Ok(_)) => Ok(text.to_owned()),
+        _ => Err("give it as host:port, for example target.example:7788".into()),
+    }
 }
 
 fn parse_limit(text: &str) -> Result<u64, String> {
@@ -486,6 +544,10 @@ mod tests {
             "dtloop bandwidth db --limit 1MiB/s --schedule",
             "dtloop bandwidth db --until 18:00",
             "dtloop bandwidth db --schedule --keep",
+            "dtloop pair target:7788",
+            "dtloop pair target AAAAAA",
+            "dtloop pair target:x AAAAAA",
+            "dtloop unpair target",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

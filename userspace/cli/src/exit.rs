@@ -72,7 +72,8 @@ impl Code {
         if error.is::<Usage>() {
             return Self::Usage;
         }
-        match error.downcast_ref::<std::io::Error>() {
+        let mut causes = error.chain();
+        match causes.find_map(|cause| cause.downcast_ref::<std::io::Error>()) {
             Some(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
                 Self::NoPermission
             }

@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use std::thread;
 
 /// Every command with the least that it takes.
-const COMMANDS: [&[&str]; 12] = [
+const COMMANDS: [&[&str]; 15] = [
     &["devices"],
     &["attach", "/dev/null"],
     &["detach", "1"],
@@ -24,6 +24,9 @@ const COMMANDS: [&[&str]; 12] = [
     &["mirror", "stop"],
     &["verify"],
     &["wait"],
+    &["pair", "target:7788", "CODE"],
+    &["peers"],
+    &["unpair", "target:7788"],
 ];
 
 struct Ran {
@@ -290,4 +293,45 @@ fn json_passes_the_agents_lines_on() {
     let ran = place.run(&["wait", "--json"]);
     assert_eq!((ran.code, ran.out.as_str()), (0, lines), "{}", ran.err);
     agent.join().expect("a request");
+}
+
+#[test]
+fn pairing_says_what_is_wrong_and_changes_nothing() {
+    let place = Place::new();
+    let state = place.path("state");
+    let state = state.to_str().expect("text");
+    let ran = |args: &[&str]| place.run(&[args, &["--state-dir", state]].concat());
+    // The last character is a wrong one, one is missing, and one cannot be.
+    for (code, words) in [
+        (
+            "60RK4C-SM6MV3-EE1SC5-H66S35-85146H-258S3M-GJAAC9",
+            "mistyped",
+        ),
+        (
+            "60RK4C-SM6MV3-EE1SC5-H66S35-85146H-258S3M-GJAAC",
+            "41 characters",
+        ),
+        ("60RK4C-SM6MV3-EE1SC5-H66S35-85146H-258S3M-GJAACU", "\"U\""),
+    ] {
+        let ran = ran(&["pair", "127.0.0.1:1", code]);
+        assert!(ran.code == 2 && ran.err.contains(words), "{}", ran.err);
+        assert!(ran.err.contains("Nothing was sent"), "{}", ran.err);
+    }
+    // A right one, in the form in which it may be dictated, and nobody there.
+    let dictated = "6ork4c sm6mv3 eelsc5 h66s35 85146h 258s3m gjaac8";
+    let words: Vec<&str> = dictated.split(' ').collect();
+    let nobody = ran(&[&["pair", "127.0.0.1:1"][..], &words].concat());
+    assert_eq!(nobody.code, 1, "{}", nobody.err);
+    assert!(nobody.err.contains("cannot be reached"), "{}", nobody.err);
+    let peers = ran(&["peers", "--json"]);
+    assert_eq!(peers.code, 0, "{}", peers.err);
+    assert!(peers.out.contains("\"targets\": []"), "{}", peers.out);
+    let unpair = ran(&["unpair", "127.0.0.1:1"]);
+    assert!(
+        unpair.code == 1 && unpair.err.contains("dtloop peers"),
+        "{}",
+        unpair.err
+    );
+    let missing = place.run(&["peers", "--config", "/nonexistent.toml"]);
+    assert!(missing.code != 0 && missing.err.contains("/nonexistent.toml"));
 }

@@ -2,6 +2,7 @@
 
 //! `/etc/DT/dttarget.toml`.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,11 +18,14 @@ pub const STATE_DIR: &str = "/var/lib/dtloop/target";
 /// Where the target listens when nothing else is said.
 pub const LISTEN: &str = "127.0.0.1:7788";
 
-/// How frames travel. Plaintext has to be asked for by name; TLS comes later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+/// How frames travel. Plaintext has to be asked for by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TransportKind {
-    /// As they are. For trusted networks only.
+    /// TLS 1.3 with paired sources.
+    #[default]
+    Tls,
+    /// As they are, from anybody. On loopback addresses only.
     Plaintext,
 }
 
@@ -100,6 +104,7 @@ pub struct Config {
     #[serde(default = "default_listen")]
     pub listen: String,
     /// How frames travel.
+    #[serde(default)]
     pub transport: TransportKind,
     /// Where state and journals are kept.
     #[serde(default = "default_state_dir")]
@@ -191,6 +196,17 @@ impl Config {
             (1..=64).contains(&self.apply_threads),
             "apply_threads must be 1 to 64"
         );
+        if self.transport == TransportKind::Plaintext {
+            // A name is checked when it is resolved, which is when the target starts.
+            let address = self.listen.parse::<SocketAddr>();
+            ensure!(
+                address.is_err()
+                    || address.is_ok_and(|address| address.ip().to_canonical().is_loopback()),
+                "Plaintext is for loopback addresses only, and listen = \"{}\" is none; leave out transport = \
+                 \"plaintext\" and pair the sources (dttarget invite), or listen on 127.0.0.1",
+                self.listen
+            );
+        }
         let segment = self.journal.segment_size.0;
         ensure!(
             segment >= 8 << 20 && segment % dtloop_journal::layout::BLOCK_BYTES == 0,
@@ -211,7 +227,7 @@ mod tests {
     #[test]
     fn the_example_is_understood() {
         let config = Config::parse(
-            "listen = \"0.0.0.0:7788\"\ntransport = \"plaintext\"\n[journal]\nsize = \"256MiB\"\n\
+            "listen = \"0.0.0.0:7788\"\n[journal]\nsize = \"256MiB\"\n\
              segment_size = \"16MiB\"\n[[volume]]\nname = \"db\"\npath = \"/srv/db.img\"\nsize = \"2GiB\"\n",
         )
         .unwrap();
@@ -221,9 +237,32 @@ mod tests {
     }
 
     #[test]
-    fn plaintext_must_be_asked_for_by_name() {
-        assert!(Config::parse("listen = \"127.0.0.1:1\"").is_err());
-        assert!(Config::parse("transport = \"\"").is_err());
+    fn plaintext_must_be_asked_for_by_name_and_stays_on_this_machine() {
+        let transport = |text: &str| Config::parse(text).map(|config| config.transport);
+        assert_eq!(transport("").unwrap(), TransportKind::Tls);
+        assert_eq!(
+            transport("transport = \"tls\"").unwrap(),
+            TransportKind::Tls
+        );
+        assert!(transport("transport = \"\"").is_err());
+        for loopback in [
+            "127.0.0.1:1",
+            "127.3.0.1:1",
+            "[::1]:1",
+            "[::ffff:127.0.0.1]:1",
+        ] {
+            let text = format!("listen = \"{loopback}\"\ntransport = \"plaintext\"");
+            assert_eq!(
+                transport(&text).unwrap(),
+                TransportKind::Plaintext,
+                "{loopback}"
+            );
+        }
+        for open in ["0.0.0.0:1", "192.0.2.1:1", "[::]:1", "[::ffff:192.0.2.1]:1"] {
+            let text = format!("listen = \"{open}\"\ntransport = \"plaintext\"");
+            let error = format!("{:#}", transport(&text).unwrap_err());
+            assert!(error.contains("loopback"), "{open}: {error}");
+        }
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub mod applier;
 pub mod catalog;
 pub mod clock;
 pub mod config;
-pub mod door;
+pub mod confine;
 pub mod journal;
 pub mod outlet;
 pub mod overlay;
@@ -31,7 +31,9 @@ pub mod replica;
 pub mod server;
 pub mod session;
 pub mod settle;
+pub mod strangers;
 pub mod transport;
+pub mod trust;
 pub mod unpack;
 pub mod volume;
 

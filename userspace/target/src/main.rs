@@ -4,6 +4,8 @@
 
 #![forbid(unsafe_code)]
 
+mod peers;
+
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,8 +17,9 @@ use dtloop_store as state_file;
 use dtloop_target::applier::Saved;
 use dtloop_target::catalog::Catalog;
 use dtloop_target::config::{CONFIG_PATH, Config, ResyncPolicy, Size, VolumeConfig};
+use dtloop_target::confine::confine;
 use dtloop_target::replica::set_dir;
-use dtloop_target::server::{Server, lock_state_dir};
+use dtloop_target::server::{Door, lock_state_dir};
 use dtloop_target::settle;
 use dtloop_target::volume::Volume;
 use nix::sys::signal::{SigSet, Signal};
@@ -47,6 +50,36 @@ enum Command {
     /// Volumes: the copies.
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Let a source in: print a code for "dtloop pair" there.
+    ///
+    /// The code is good for one source and for a short time. It goes by a way that you trust, for whoever has it first is let in. It
+    /// also tells the source which target it must find, so that nobody in between can pose as this one. A running
+    /// dttarget needs no restart.
+    Invite {
+        /// Name for the source; without it, the source's host name.
+        #[arg(long)]
+        name: Option<String>,
+        /// How long the code is good: 90s, 15m, 2h or 1d, at most 7d.
+        #[arg(long, value_name = "TIME", default_value = "15m", value_parser = peers::parse_lifetime)]
+        expires: u64,
+        /// Make all open invitations void instead.
+        #[arg(long, conflicts_with_all = ["name", "expires"])]
+        withdraw: bool,
+        /// For programs.
+        #[arg(long, conflicts_with = "withdraw")]
+        json: bool,
+    },
+    /// List the sources that are let in.
+    Peers {
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a source in no more. A connection that it has is ended at once; its volumes stay as they are.
+    Revoke {
+        /// Name of the source, as "dttarget peers" shows it.
+        name: String,
+    },
     /// Read the configuration and say what is wrong with it.
     CheckConfig,
 }
@@ -128,8 +161,17 @@ fn run(cli: &Cli) -> Result<()> {
             if let Some(listen) = listen {
                 config.listen.clone_from(listen);
             }
-            serve(config)
+            serve(&config, &cli.config)
         }
+        Command::Invite { withdraw: true, .. } => peers::withdraw(&config),
+        Command::Invite {
+            name,
+            expires,
+            json,
+            ..
+        } => peers::invite(&config, name.as_deref(), *expires, *json),
+        Command::Peers { json } => peers::list(&config, *json),
+        Command::Revoke { name } => peers::revoke(&config, name),
         Command::CheckConfig => {
             println!(
                 "{} is usable: {} volumes.",
@@ -154,11 +196,14 @@ fn run(cli: &Cli) -> Result<()> {
     }
 }
 
-fn serve(config: Config) -> Result<()> {
+fn serve(config: &Config, config_path: &Path) -> Result<()> {
     // Blocked before any thread exists, so that only the wait below receives them.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
     signals.thread_block()?;
-    let server = Server::start(config)?;
+    let door = Door::open(config.clone())?;
+    // Before there are other threads, and after all that needs more.
+    confine(config, config_path)?;
+    let server = door.serve()?;
     let signal = signals.wait()?;
     tracing::info!("{signal}: the volumes are made durable, then dttarget ends.");
     server.stop(false);
@@ -171,7 +216,7 @@ fn create(config_path: &Path, name: &str, path: &Path, size: Option<Size>) -> Re
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             bail!(
-                "{} does not exist; write it with at least: transport = \"plaintext\"",
+                "{} does not exist; write it with at least: listen = \"0.0.0.0:7788\"",
                 config_path.display()
             )
         }
@@ -354,6 +399,7 @@ fn show(config: &Config, name: Option<&str>, json: bool) -> Result<()> {
 }
 
 fn settle(config: &Config, name: &str, discard_staged: bool, json: bool) -> Result<()> {
+    peers::act_as_owner(&config.state_dir)?;
     let settled = settle::settle(config, name, discard_staged)?;
     let mut out = std::io::stdout().lock();
     if json {
@@ -401,6 +447,7 @@ fn settle(config: &Config, name: &str, discard_staged: bool, json: bool) -> Resu
 }
 
 fn unbind(config: &Config, name: &str) -> Result<()> {
+    peers::act_as_owner(&config.state_dir)?;
     let _lock = lock_state_dir(&config.state_dir)?;
     let catalog = Catalog::new(&config.state_dir, config.volumes.clone());
     let Some(owner) = catalog.owner(name)? else {

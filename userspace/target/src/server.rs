@@ -4,8 +4,9 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,11 +21,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::applier::OpenError;
 use crate::catalog::Catalog;
-use crate::config::Config;
-use crate::door::Door;
+use crate::config::{Config, TransportKind};
 use crate::replica::Replica;
 use crate::session;
+use crate::strangers::{Strangers, Ticket};
 use crate::transport::Connection;
+use crate::trust::Trust;
 
 /// Most connections at one time: every set has one, and some may just be coming.
 const CONNECTIONS_MAX: usize = 256;
@@ -43,9 +45,11 @@ pub struct Shared {
     pub config: Config,
     /// Who this target is.
     pub target_id: Uuid,
+    /// Whom it lets in; none in plaintext.
+    pub trust: Option<Trust>,
+    /// Those who have not yet shown who they are.
+    pub strangers: Arc<Strangers>,
     catalog: Arc<Catalog>,
-    /// Who has not said hello yet.
-    pub door: Arc<Door>,
     slots: Mutex<HashMap<(Uuid, String), Slot>>,
     sessions: AtomicU64,
     connections: AtomicUsize,
@@ -106,12 +110,28 @@ pub struct Server {
     _lock: Flock<File>,
 }
 
+/// Makes the state directory. Journals hold what was on other people's disks: nobody else is to read them.
+///
+/// # Errors
+///
+/// Those of the file system.
+pub fn make_private(dir: &Path) -> std::io::Result<()> {
+    if let Some(above) = dir.parent() {
+        fs::create_dir_all(above)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Makes the state directory and takes it for this process.
 ///
 /// # Errors
 ///
 /// If it cannot be made or another process has it.
 pub fn lock_state_dir(dir: &Path) -> Result<Flock<File>> {
+    make_private(dir).with_context(|| format!("Cannot make {}", dir.display()))?;
     for part in ["sets", "volumes"] {
         let path = dir.join(part);
         fs::create_dir_all(&path).with_context(|| format!("Cannot make {}", path.display()))?;
@@ -143,33 +163,78 @@ pub fn known_sets(dir: &Path) -> Result<Vec<(Uuid, String)>> {
     Ok(sets)
 }
 
-impl Server {
-    /// Starts: listens, and replays the journals of all known sets.
+/// A target that listens and does nothing yet.
+pub struct Door {
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    address: SocketAddr,
+    lock: Flock<File>,
+}
+
+/// Plaintext shows everything to whoever is on the way, and lets everybody in: it stays on this machine.
+fn check_plaintext(address: SocketAddr) -> Result<()> {
+    anyhow::ensure!(
+        address.ip().to_canonical().is_loopback(),
+        "Plaintext is for loopback addresses only, and {address} is none; leave out transport = \"plaintext\" and pair \
+         the sources (dttarget invite), or listen on 127.0.0.1"
+    );
+    Ok(())
+}
+
+impl Door {
+    /// Takes the state directory and the address.
     ///
     /// # Errors
     ///
-    /// If the state directory or the address cannot be used.
-    pub fn start(config: Config) -> Result<Self> {
+    /// If they cannot be used.
+    pub fn open(config: Config) -> Result<Self> {
         let lock = lock_state_dir(&config.state_dir)?;
         let target_id = dtloop_store::identity(&config.state_dir.join("target-id"))?;
         let first_session = u64::from_le_bytes(dtloop_store::random_uuid()?.0[..8].try_into()?) | 1;
+        let trust = match config.transport {
+            TransportKind::Tls => Some(Trust::open(&config.state_dir)?),
+            TransportKind::Plaintext => None,
+        };
         let listener = TcpListener::bind(&config.listen)
             .with_context(|| format!("Cannot listen on {}", config.listen))?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
+        if trust.is_none() {
+            check_plaintext(address)?;
+        }
         let catalog = Arc::new(Catalog::new(&config.state_dir, config.volumes.clone()));
-        let known = known_sets(&config.state_dir)?;
         let shared = Arc::new(Shared {
             config,
             target_id,
+            trust,
+            strangers: Arc::default(),
             catalog,
-            door: Arc::default(),
             slots: Mutex::default(),
             sessions: AtomicU64::new(first_session),
             connections: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
         });
-        for (source_id, set) in known {
+        Ok(Self {
+            shared,
+            listener,
+            address,
+            lock,
+        })
+    }
+
+    /// Lets sources in, and replays the journals of all known sets.
+    ///
+    /// # Errors
+    ///
+    /// If there can be no threads.
+    pub fn serve(self) -> Result<Server> {
+        let Self {
+            shared,
+            listener,
+            address,
+            lock,
+        } = self;
+        for (source_id, set) in known_sets(&shared.config.state_dir)? {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name(format!("open {set}"))
@@ -185,13 +250,29 @@ impl Server {
                 .name("accept".into())
                 .spawn(move || accept_loop(&shared, &listener))?
         };
-        tracing::info!("Target {target_id} listens on {address}, in plaintext.");
-        Ok(Self {
+        let how = if shared.trust.is_some() {
+            "TLS 1.3, for paired sources"
+        } else {
+            "in plaintext"
+        };
+        tracing::info!("Target {} listens on {address}, {how}.", shared.target_id);
+        Ok(Server {
             address,
             shared,
             accepting: Some(accepting),
             _lock: lock,
         })
+    }
+}
+
+impl Server {
+    /// Starts: listens, and replays the journals of all known sets.
+    ///
+    /// # Errors
+    ///
+    /// If the state directory or the address cannot be used.
+    pub fn start(config: Config) -> Result<Self> {
+        Door::open(config)?.serve()
     }
 
     /// Ends with a checkpoint of every set; `abandon` ends as if killed.
@@ -233,38 +314,59 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
         let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
         // An interruption is as good as a time-out.
         let _ = nix::poll::poll(&mut fds, PollTimeout::from(ACCEPT_TICK));
-        let Ok((stream, peer)) = listener.accept() else {
-            continue;
-        };
-        if shared.connections.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
-            shared.connections.fetch_sub(1, Ordering::Relaxed);
-            let what = format!("{peer} was turned away: {CONNECTIONS_MAX} connections are open.");
-            shared.door.complain(&what);
-            continue;
+        shared.strangers.sweep();
+        if let Some(trust) = &shared.trust {
+            trust.sweep();
         }
-        let shared = Arc::clone(shared);
-        let Ok(place) = shared.door.enter(&stream) else {
-            // It has gone already.
-            shared.connections.fetch_sub(1, Ordering::Relaxed);
-            continue;
-        };
-        let serve = move || {
-            let connection = stream
-                .set_nonblocking(false)
-                .and_then(|()| Connection::accept(shared.config.transport, stream));
-            match connection {
-                Ok(connection) => session::serve(&shared, connection, place),
-                Err(error) => shared
-                    .door
-                    .complain(&format!("{peer} could not be served: {error}.")),
+        match listener.accept() {
+            Ok((stream, peer)) => take_in(shared, stream, peer),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                // Without files or memory: it would be the same again at once.
+                tracing::error!("Nobody can be let in: {error}.");
+                std::thread::sleep(Duration::from_millis(ACCEPT_TICK.into()));
             }
-            shared.connections.fetch_sub(1, Ordering::Relaxed);
-        };
-        if let Err(error) = std::thread::Builder::new()
-            .name(format!("session {peer}"))
-            .spawn(serve)
-        {
-            tracing::error!("{peer} could not be served: {error}.");
         }
+    }
+}
+
+/// Gives a connection a thread of its own: whoever is slow, or hostile, is slow alone.
+fn take_in(shared: &Arc<Shared>, stream: TcpStream, peer: SocketAddr) {
+    if shared.connections.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
+        shared.connections.fetch_sub(1, Ordering::Relaxed);
+        let what = format!("{peer} was turned away: {CONNECTIONS_MAX} connections are open.");
+        shared.strangers.complain(&what);
+        return;
+    }
+    let ticket = match shared.strangers.enter(&stream, peer) {
+        Ok(ticket) => ticket,
+        Err(error) => {
+            shared.connections.fetch_sub(1, Ordering::Relaxed);
+            shared.strangers.log(peer, &error);
+            return;
+        }
+    };
+    let sharing = Arc::clone(shared);
+    let serve = move || {
+        converse(&sharing, stream, peer, ticket);
+        sharing.connections.fetch_sub(1, Ordering::Relaxed);
+    };
+    let thread = std::thread::Builder::new().name(format!("session {peer}"));
+    if let Err(error) = thread.spawn(serve) {
+        shared.connections.fetch_sub(1, Ordering::Relaxed);
+        tracing::error!("{peer} could not be served: {error}.");
+    }
+}
+
+fn converse(shared: &Arc<Shared>, stream: TcpStream, peer: SocketAddr, ticket: Ticket) {
+    let tls = shared.trust.as_ref().map(Trust::tls);
+    let connection = stream
+        .set_nonblocking(false)
+        .and_then(|()| session::bound_handshake(&stream))
+        .map_err(Into::into)
+        .and_then(|()| Connection::accept(stream, tls));
+    match connection {
+        Ok(connection) => session::serve(shared, connection, peer, ticket),
+        Err(error) => shared.strangers.log(peer, &error),
     }
 }

@@ -3,6 +3,7 @@
 //! A connection: handshake, then frames into the journal.
 
 use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -22,10 +23,10 @@ use dtloop_proto::packed::OPTION_CODECS;
 use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
-use crate::door::Place;
 use crate::journal::JournalError;
 use crate::replica::{Replica, Writer};
 use crate::server::Shared;
+use crate::strangers::Ticket;
 use crate::transport::Connection;
 use crate::unpack::{self, RunError};
 
@@ -108,52 +109,88 @@ impl SessionEnd {
     }
 }
 
-/// Serves a connection to its end; it gives its place at the door up when it has said hello.
-pub fn serve(shared: &Arc<Shared>, mut connection: Connection, place: Place) {
-    let peer = connection
-        .peer()
-        .map_or_else(|_| "an unknown peer".to_owned(), |peer| peer.to_string());
-    let hello = match receive_hello(&mut connection) {
-        Ok(hello) => hello,
-        Err(end) => {
-            shared
-                .door
-                .complain(&format!("{peer} was not understood: {end}."));
-            refuse(&mut connection, &end);
+/// Bounds the time of each read and write before the hello; the ticket of a stranger bounds all of it.
+///
+/// # Errors
+///
+/// Those of the socket.
+pub fn bound_handshake(stream: &TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(HANDSHAKE_TIMEOUT))?;
+    stream.set_write_timeout(Some(HANDSHAKE_TIMEOUT))
+}
+
+/// Serves a connection to its end.
+pub fn serve(shared: &Arc<Shared>, mut connection: Connection, peer: SocketAddr, ticket: Ticket) {
+    let turned_away = |connection: &mut Connection, end: &SessionEnd| {
+        shared.strangers.log(peer, end);
+        refuse(connection, end);
+        connection.dismiss();
+    };
+    let first = match receive_first(&mut connection) {
+        Ok(first) => first,
+        Err(end) => return turned_away(&mut connection, &end),
+    };
+    let (trust, pin) = (shared.trust.as_ref(), connection.pin());
+    let hello = match (first, trust, pin) {
+        (Message::Pair(pair), Some(trust), Some(pin)) if connection.pairs() => {
+            match trust.pair(pin, &pair, shared.target_id) {
+                Ok(paired) => {
+                    say(&mut connection, &Message::Paired(paired));
+                    connection.dismiss();
+                }
+                Err(refusal) => turned_away(&mut connection, &refusal.into()),
+            }
             return;
         }
+        (Message::Hello(hello), ..) if !connection.pairs() => hello,
+        _ => return turned_away(&mut connection, &SessionEnd::Unexpected("before Hello")),
     };
-    drop(place);
+    let guest = match (trust, pin) {
+        (Some(trust), Some(pin)) => match trust.admit(&connection, pin, hello.source_id) {
+            Ok(guest) => Some(guest),
+            Err(refusal) => return turned_away(&mut connection, &refusal.into()),
+        },
+        (Some(_), None) => return,
+        (None, _) => None,
+    };
+    drop(ticket);
+    connection.expect_much();
+    let name = guest.as_ref().map_or("", |guest| &guest.name);
     let (set, source) = (hello.set.clone(), hello.source_id);
+    let who = format!("Set \"{set}\" of source {source} {name} at {peer}");
     match receive(shared, connection, hello) {
         end @ (SessionEnd::Closed
         | SessionEnd::Bye(_)
         | SessionEnd::Stopping
         | SessionEnd::Io(_)) => {
-            tracing::info!("Set \"{set}\" of source {source} at {peer} is disconnected: {end}.");
+            tracing::info!("{who} is disconnected: {end}.");
         }
         // It may come again and again, as long as the reason lasts.
-        end @ SessionEnd::Refused(_) => shared.door.complain(&format!(
-            "Set \"{set}\" of source {source} at {peer} was refused: {end}."
-        )),
+        end @ SessionEnd::Refused(_) => shared
+            .strangers
+            .complain(&format!("{who} was refused: {end}.")),
         end => {
-            tracing::error!("Set \"{set}\" of source {source} at {peer} is disconnected: {end}.");
+            tracing::error!("{who} is disconnected: {end}.");
         }
+    }
+}
+
+fn say(connection: &mut Connection, message: &Message) {
+    let mut out = vec![];
+    if frame::encode_message(&mut out, 0, 0, message).is_ok() {
+        // The peer may be gone, which is as good.
+        let _ = connection.write_all(&out);
     }
 }
 
 fn refuse(connection: &mut Connection, end: &SessionEnd) {
     if let Some(refuse) = end.farewell() {
-        let mut out = vec![];
-        if frame::encode_message(&mut out, 0, 0, &Message::Refuse(refuse)).is_ok() {
-            // The peer may be gone, which is as good.
-            let _ = connection.write_all(&out);
-        }
+        say(connection, &Message::Refuse(refuse));
     }
 }
 
-fn receive_hello(connection: &mut Connection) -> Result<Hello, SessionEnd> {
-    connection.set_timeouts(HANDSHAKE_TIMEOUT, HANDSHAKE_TIMEOUT)?;
+/// The first message of a connection.
+fn receive_first(connection: &mut Connection) -> Result<Message, SessionEnd> {
     let mut buffer = Vec::with_capacity(1024);
     let mut needed = HEADER_BYTES;
     loop {
@@ -167,9 +204,9 @@ fn receive_hello(connection: &mut Connection) -> Result<Hello, SessionEnd> {
             }
             Decoded::Incomplete { .. } => return Err(SessionEnd::Unexpected("with a payload")),
             Decoded::Complete {
-                frame: Frame::Message(Message::Hello(hello)),
+                frame: Frame::Message(message),
                 ..
-            } => return Ok(hello),
+            } => return Ok(message),
             Decoded::Complete { .. } => return Err(SessionEnd::Unexpected("before Hello")),
         }
     }

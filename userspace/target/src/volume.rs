@@ -134,7 +134,8 @@ impl Volume {
             let what = format!("is in use as /dev/{device}; unmount and detach that first");
             return Err(refuse(Code::VOLUME_BUSY, name, path, &what));
         } else {
-            options.create(config.size.is_some());
+            // It becomes the copy of somebody's disk.
+            options.create(config.size.is_some()).mode(0o600);
         }
         let file = options.open(path).map_err(|error| {
             match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
@@ -143,6 +144,12 @@ impl Volume {
                     name,
                     path,
                     "is mounted or in use otherwise; free it first",
+                ),
+                Errno::EACCES if crate::confine::is_confined() => refuse(
+                    Code::VOLUME_IO,
+                    name,
+                    path,
+                    "cannot be opened: permission denied; let the user that runs dttarget open it, and restart dttarget if it was replaced or has appeared since the start",
                 ),
                 _ => io(error),
             }

@@ -77,11 +77,59 @@ fn bad_configurations_end_with_a_reason() {
     let dir = tempfile::tempdir().unwrap();
     let output = dttarget(dir.path(), &["serve"]);
     assert!(!output.status.success() && text(&output.stderr).contains("Cannot read"));
-    std::fs::write(
-        dir.path().join("dttarget.toml"),
-        "listen = \"127.0.0.1:0\"\n",
-    )
-    .unwrap();
-    let output = dttarget(dir.path(), &["serve"]);
-    assert!(!output.status.success() && text(&output.stderr).contains("transport"));
+    for (config, words) in [
+        ("transport = \"telnet\"\n", "transport"),
+        (
+            "listen = \"0.0.0.0:0\"\ntransport = \"plaintext\"\n",
+            "loopback",
+        ),
+    ] {
+        std::fs::write(dir.path().join("dttarget.toml"), config).unwrap();
+        for command in ["serve", "check-config"] {
+            let output = dttarget(dir.path(), &[command]);
+            let error = text(&output.stderr);
+            assert!(!output.status.success() && error.contains(words), "{error}");
+        }
+    }
+    // What is given on the command line is held to the same.
+    let config = "listen = \"127.0.0.1:0\"\ntransport = \"plaintext\"\n";
+    std::fs::write(dir.path().join("dttarget.toml"), config).unwrap();
+    let output = dttarget(dir.path(), &["serve", "--listen", "0.0.0.0:0"]);
+    assert!(!output.status.success() && text(&output.stderr).contains("loopback"));
+    let output = dttarget(dir.path(), &["invite"]);
+    assert!(!output.status.success() && text(&output.stderr).contains("knows no keys"));
+}
+
+#[test]
+fn invitations_are_printed_counted_and_refused_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("dttarget.toml"), "").unwrap();
+    let output = dttarget(dir.path(), &["invite", "--name", "alpha", "--json"]);
+    let invited: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let code: dtloop_trust::PairingCode = invited["code"].as_str().unwrap().parse().unwrap();
+    let peers = || -> serde_json::Value {
+        let output = dttarget(dir.path(), &["peers", "--json"]);
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let key: dtloop_trust::Pin = peers()["key"].as_str().unwrap().parse().unwrap();
+    assert!(key.begins_with(&code.prefix), "the code is of another key");
+    let output = dttarget(dir.path(), &["invite"]);
+    assert!(output.status.success() && text(&output.stderr).contains("dtloop pair"));
+    assert_eq!(peers()["invitations"].as_array().unwrap().len(), 2);
+    for (arguments, words) in [
+        (&["invite", "--name", "a b"][..], "a b"),
+        (&["invite", "--expires", "8d"], "7 days"),
+        (&["invite", "--expires", "soon"], "soon"),
+        (&["revoke", "nobody"], "dttarget peers"),
+    ] {
+        let output = dttarget(dir.path(), arguments);
+        assert!(!output.status.success(), "{arguments:?}");
+        assert!(
+            text(&output.stderr).contains(words),
+            "{}",
+            text(&output.stderr)
+        );
+    }
+    assert!(text(&dttarget(dir.path(), &["invite", "--withdraw"]).stdout).starts_with('2'));
+    assert!(peers()["invitations"].as_array().unwrap().is_empty());
 }

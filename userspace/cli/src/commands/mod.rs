@@ -8,6 +8,7 @@ mod devices;
 mod gather;
 mod intent;
 mod jobs;
+mod peers;
 mod progress;
 mod resize;
 mod shaping;
@@ -49,6 +50,9 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<Code> {
         Command::Resync(args) => jobs::resync(&context, args),
         Command::Wait(args) => jobs::wait(&context, args),
         Command::Bandwidth(args) => shaping::run(&context, args),
+        Command::Pair(args) => peers::pair(&context, args),
+        Command::Peers(args) => peers::list(&context, args),
+        Command::Unpair(args) => peers::unpair(&context, args),
         Command::Spare => spare(&context),
         Command::Man { dir } => man(dir),
     }

@@ -26,6 +26,7 @@ use dtloop_abi::CaptureStream;
 use dtloop_abi::testing::FakeStream;
 use dtloop_agent::config::{Compression, QueueConfig, SetConfig, SyncMode, TransportKind};
 use dtloop_agent::control::{self, Sets};
+use dtloop_agent::link::Watcher;
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::Streams;
 use dtloop_api::{Client, ClientError, Connection, Failure, Outcome, Request, SetStatus};
@@ -36,6 +37,9 @@ use dtloop_disk::{Disk, DiskFile, SimDisk, Space};
 use dtloop_target::applier::Saved;
 use dtloop_target::config::Config;
 use dtloop_target::server::Server;
+use dtloop_target::trust::now_unix_s;
+use dtloop_trust::code::Token;
+use dtloop_trust::{Pin, Vault};
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -73,6 +77,18 @@ impl Streams for OneStream {
     }
 }
 
+/// Nobody waits while a link sends.
+pub fn nobody() -> Arc<dyn Watcher> {
+    struct Nobody;
+    impl Watcher for Nobody {
+        fn heard(&self, _: &dtloop_proto::Message) {}
+        fn must_end(&self) -> bool {
+            false
+        }
+    }
+    Arc::new(Nobody)
+}
+
 /// A source device, directories for both sides.
 pub struct Lab {
     dir: tempfile::TempDir,
@@ -81,6 +97,8 @@ pub struct Lab {
     sectors: u64,
     /// Size of the target's journal and of its segments.
     pub journal_bytes: (u64, u64),
+    /// Over TLS, between paired peers.
+    pub tls: bool,
     /// What the agent is told to do.
     pub compression: Compression,
     /// The agent's disk queue, and the disk it is on if it is not this machine's.
@@ -99,6 +117,7 @@ impl Lab {
             device,
             sectors,
             journal_bytes: (64 << 20, 16 << 20),
+            tls: false,
             compression: Compression::default(),
             queue: None,
             queue_disk: None,
@@ -123,6 +142,54 @@ impl Lab {
     /// Where the queue's segments are.
     pub fn queue_dir(&self) -> PathBuf {
         self.queue.as_ref().unwrap().dir.join("db")
+    }
+
+    /// One whose peers are paired, over TLS.
+    pub fn secure(sectors: u64) -> Self {
+        Self {
+            tls: true,
+            ..Self::new(sectors)
+        }
+    }
+
+    fn transport(&self) -> &'static str {
+        if self.tls { "tls" } else { "plaintext" }
+    }
+
+    pub fn agent_dir(&self) -> PathBuf {
+        self.dir.path().join("agent")
+    }
+
+    /// As after an exchange of codes: each side knows the other's key.
+    pub fn pair_at(&self, address: &str) {
+        let (source, target) = (
+            Vault::new(&self.agent_dir()),
+            Vault::new(&self.target_dir()),
+        );
+        self.trust_target(address, target.identity().unwrap().pin());
+        let pin = source.identity().unwrap().pin();
+        let pair = |ledger: &mut dtloop_trust::Ledger| {
+            if ledger.peer(&pin).is_none() {
+                let (now, token) = (now_unix_s(), Token::draw().unwrap());
+                ledger.invite(now, &token, None, 60).unwrap();
+                ledger.pair(now, &token, pin, "alpha").outcome.unwrap();
+            }
+        };
+        target.change_ledger(pair).unwrap();
+    }
+
+    /// The source takes this key for the target's.
+    pub fn trust_target(&self, address: &str, pin: Pin) {
+        let known = dtloop_trust::targets::Target {
+            address: address.into(),
+            pin,
+            known_as: "alpha".into(),
+            paired_unix_s: 0,
+        };
+        let source = Vault::new(&self.agent_dir());
+        source
+            .change_targets(|targets| targets.insert(known))
+            .unwrap();
     }
 
     pub fn renew_stream(&mut self) {
@@ -153,8 +220,9 @@ impl Lab {
 
     pub fn config_text(&self, listen: &str) -> String {
         format!(
-            "listen = \"{listen}\"\ntransport = \"plaintext\"\nstate_dir = {:?}\n[journal]\nsize = {}\n\
+            "listen = \"{listen}\"\ntransport = \"{}\"\nstate_dir = {:?}\n[journal]\nsize = {}\n\
              segment_size = {}\n[[volume]]\nname = \"vol\"\npath = {:?}\n",
+            self.transport(),
             self.target_dir(),
             self.journal_bytes.0,
             self.journal_bytes.1,
@@ -206,13 +274,25 @@ impl Lab {
     }
 
     pub fn start_agent_to(&self, address: SocketAddr) -> Agent {
-        let state_dir = self.dir.path().join("agent");
+        if self.tls {
+            self.pair_at(&address.to_string());
+        }
+        self.start_agent_as_it_is(address)
+    }
+
+    /// Whoever it trusts, and whoever trusts it.
+    pub fn start_agent_as_it_is(&self, address: SocketAddr) -> Agent {
+        let state_dir = self.agent_dir();
         std::fs::create_dir_all(&state_dir).unwrap();
         let source_id = dtloop_store::identity(&state_dir.join("source-id")).unwrap();
         let config = SetConfig {
             name: "db".into(),
             target: address.to_string(),
-            transport: TransportKind::Plaintext,
+            transport: if self.tls {
+                TransportKind::Tls
+            } else {
+                TransportKind::Plaintext
+            },
             retry_ms_max: 100,
             bandwidth: Default::default(),
             compression: self.compression,
@@ -644,6 +724,7 @@ pub struct Faults {
 #[derive(Default)]
 struct Switches {
     cutting: AtomicBool,
+    flipping: AtomicBool,
     stuck: AtomicBool,
     slow: AtomicBool,
     cuts: AtomicUsize,
@@ -687,6 +768,11 @@ impl Faults {
         Self { address, switches }
     }
 
+    /// Changes one bit of each connection, and goes on.
+    pub fn flip_often(&self) {
+        self.switches.flipping.store(true, Ordering::Relaxed);
+    }
+
     pub fn cut_often(&self) {
         self.switches.cutting.store(true, Ordering::Relaxed);
     }
@@ -703,6 +789,7 @@ impl Faults {
 
     pub fn heal(&self) {
         self.switches.cutting.store(false, Ordering::Relaxed);
+        self.switches.flipping.store(false, Ordering::Relaxed);
         self.switches.stuck.store(false, Ordering::Relaxed);
     }
 
@@ -719,6 +806,7 @@ impl Faults {
 fn relay(from: &mut TcpStream, to: &mut TcpStream, limit: u64, switches: &Switches) {
     let mut buffer = [0; 5000];
     let mut moved = 0;
+    let mut flipped = false;
     while let Ok(bytes @ 1..) = from.read(&mut buffer) {
         while switches.stuck.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(5));
@@ -726,6 +814,11 @@ fn relay(from: &mut TcpStream, to: &mut TcpStream, limit: u64, switches: &Switch
         moved += bytes as u64;
         if switches.slow.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(1));
+        }
+        if switches.flipping.load(Ordering::Relaxed) && moved > limit && !flipped {
+            flipped = true;
+            buffer[limit as usize % bytes] ^= 1 << (limit % 8);
+            switches.cuts.fetch_add(1, Ordering::Relaxed);
         }
         let cut = switches.cutting.load(Ordering::Relaxed) && moved > limit;
         let keep = if cut {
