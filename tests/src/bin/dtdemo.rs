@@ -26,7 +26,6 @@ const OUTAGE: Duration = Duration::from_secs(8);
 const IMAGE: &str = "/srv/pgdata.img";
 
 const TARGET_CONFIG: &str = r#"listen = "0.0.0.0:7788"
-transport = "plaintext"
 
 [[volume]]
 name = "pgdata"
@@ -37,7 +36,6 @@ size = "256MiB"
 const AGENT_CONFIG: &str = r#"[[set]]
 name = "default"
 target = "target:7788"
-transport = "plaintext"
 "#;
 
 /// Small, but as careful with data as any other server.
@@ -261,13 +259,18 @@ impl Demo {
             "mkdir -p /srv; setsid -f dttarget serve >>/var/log/dttarget.log 2>&1 </dev/null",
         )?;
         self.target
-            .wait_sh(patience(10), "grep -qi : /var/log/dttarget.log")?;
+            .wait_sh(patience(10), "grep -q 'listens on' /var/log/dttarget.log")?;
         self.source
             .put("/etc/DT/dtloop.toml", AGENT_CONFIG.as_bytes())?;
         let disk = &self.disk;
         self.source.sh(format!(
             "modprobe dtloop; dtloop attach {disk} --loop 1 --volume pgdata; udevadm settle"
         ))?;
+        let code = self.target.sh("dttarget invite")?;
+        self.say(format!("target: dttarget invite -> {code}"));
+        let pair = format!("dtloop pair target:7788 {code}");
+        let paired = self.source.sh(&pair)?;
+        self.say(format!("source: {pair}\n{paired}"));
         self.start_agent()?;
         self.say(format!("dtloop attach {disk} --loop 1 --volume pgdata"));
         for line in self

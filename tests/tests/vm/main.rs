@@ -36,3 +36,4 @@ mod replication_staging;
 mod sets_database;
 mod sets_isolation;
 mod sets_order;
+mod trust;

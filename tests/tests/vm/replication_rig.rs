@@ -99,16 +99,40 @@ impl Rig {
         Ok(rig)
     }
 
+    /// Two machines talk TLS and must be paired; on one, over loopback, plaintext is allowed.
+    fn transport(&self) -> [&str; 3] {
+        if self.target.is_some() {
+            ["target:7788", "0.0.0.0:7788", "tls"]
+        } else {
+            ["127.0.0.1:7788", "127.0.0.1:7788", "plaintext"]
+        }
+    }
+
     /// How a set reaches the target: lines of the agent's configuration.
     fn set_config(&self, set: &str) -> String {
-        let host = if self.target.is_some() {
-            "target"
-        } else {
-            "127.0.0.1"
-        };
+        let [target, _, transport] = self.transport();
         format!(
-            "[[set]]\nname = \"{set}\"\ntarget = \"{host}:7788\"\ntransport = \"plaintext\"\nretry_ms_max = 300\n"
+            "[[set]]\nname = \"{set}\"\ntarget = \"{target}\"\ntransport = \"{transport}\"\nretry_ms_max = 300\n"
         )
+    }
+
+    /// Pairs an agent of the source with the target, which runs, unless that has been done.
+    fn pair_agent(&self, agent: &str) -> Result<()> {
+        if self.target.is_none() {
+            return Ok(());
+        }
+        let known = format!("dttarget peers --json | jq -e '[.peers[].name] | index(\"{agent}\")'");
+        if self.target().try_sh(known)?.ok() {
+            return Ok(());
+        }
+        let code = self
+            .target()
+            .sh(format!("dttarget invite --name {agent}"))?;
+        self.source
+            .sh(format!(
+                "dtloop pair target:7788 {code} --state-dir /var/lib/dtloop/{agent}"
+            ))
+            .map(drop)
     }
 
     /// Adds a set to the agent's configuration.
@@ -126,6 +150,7 @@ impl Rig {
         );
         let path = format!("/etc/DT/{name}.toml");
         self.source.put(&path, config.as_bytes())?;
+        self.pair_agent(name)?;
         start(&self.source, name, &format!("{AGENT} --config {path}"))?;
         self.source.wait_sh(
             patience(20),
@@ -135,8 +160,9 @@ impl Rig {
 
     /// Gives the target other volumes.
     pub(crate) fn configure_target(&self, volumes: &str) -> Result<()> {
+        let [_, listen, transport] = self.transport();
         let text = format!(
-            "listen = \"0.0.0.0:7788\"\ntransport = \"plaintext\"\n[journal]\nsize = \"128MiB\"\nsegment_size = \"16MiB\"\n{volumes}"
+            "listen = \"{listen}\"\ntransport = \"{transport}\"\n[journal]\nsize = \"128MiB\"\nsegment_size = \"16MiB\"\n{volumes}"
         );
         self.target().put("/etc/DT/dttarget.toml", text.as_bytes())
     }
@@ -147,10 +173,6 @@ impl Rig {
 
     pub(crate) fn target(&self) -> &Vm {
         self.target.as_ref().unwrap_or(&self.source)
-    }
-
-    pub(crate) fn source_mut(&mut self) -> &mut Vm {
-        &mut self.source
     }
 
     pub(crate) fn target_mut(&mut self) -> &mut Vm {
@@ -187,8 +209,15 @@ impl Rig {
         )
     }
 
+    /// Starts the target, and pairs it with the agent when it is the first time.
     pub(crate) fn start_target(&self) -> Result<()> {
-        start(self.target(), "dttarget", TARGET)?;
+        self.start_target_by(TARGET)?;
+        self.pair_agent("agent")
+    }
+
+    /// Starts the target by another command, and pairs nobody.
+    pub(crate) fn start_target_by(&self, command: &str) -> Result<()> {
+        start(self.target(), "dttarget", command)?;
         self.target().wait_sh(
             patience(20),
             "(exec 3<>/dev/tcp/127.0.0.1/7788) 2>/dev/null",
