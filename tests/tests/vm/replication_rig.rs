@@ -175,6 +175,10 @@ impl Rig {
         self.target.as_ref().unwrap_or(&self.source)
     }
 
+    pub(crate) fn source_mut(&mut self) -> &mut Vm {
+        &mut self.source
+    }
+
     pub(crate) fn target_mut(&mut self) -> &mut Vm {
         self.target.as_mut().unwrap_or(&mut self.source)
     }
