@@ -51,18 +51,19 @@ fn the_last_consistent_state_stays_available_during_a_mirror() -> Result<()> {
     rig.expect("mirror start --full --background", 0)?;
     wait_for_line(&rig, "changes are staged", 1)?;
     let load = rig.load(40)?;
-    for _ in 0..3 {
+    for round in 0..3 {
         rig.kill_target()?;
-        if staging(&rig)? == "staged" {
+        let staged = staging(&rig)? == "staged";
+        ensure!(
+            staged || round > 0,
+            "nothing was staged: {}",
+            rig.agent_log()?
+        );
+        if staged {
             ensure_kept(&rig, &kept)?;
         }
         rig.start_target()?;
     }
-    ensure!(
-        count(&rig, "is published")? == 0,
-        "it was over too soon: {}",
-        rig.agent_log()?
-    );
     wait_for_line(&rig, "is published", 1)?;
     rig.kill_target()?;
     rig.start_target()?;
@@ -122,7 +123,7 @@ fn a_copy_that_is_being_published_can_be_settled() -> Result<()> {
         ))
     };
     rig.source().sh(format!(
-        "mount {DEV} /mnt/dev; cp -r /usr/lib/udev /mnt/dev/more; umount /mnt/dev"
+        "mount {DEV} /mnt/dev; cp -r /usr/lib/udev/rules.d /mnt/dev/more; umount /mnt/dev"
     ))?;
     rig.wait()?;
     // While it is staged, nothing is written to the copy: that its disk fails shows when it is published.

@@ -290,13 +290,14 @@ impl SetState {
     /// touches the content of a volume itself, so the volumes are still what they were.
     fn watch(&mut self, change: impl FnOnce(&mut Self)) {
         let (labels, since) = (self.consistent_labels(), self.moment());
+        let was_consistent = self.is_consistent();
         change(self);
         let broken = labels.iter().any(|label| !self.in_sync(label));
         let staged = matches!(&self.stage, Some(stage) if stage.phase == Phase::Staged);
         if broken && !staged && !self.in_place && self.wanted.is_none() {
             self.wanted = Some(Wanted { labels, since });
         }
-        if self.in_place && self.is_consistent() {
+        if self.in_place && !was_consistent && self.is_consistent() {
             self.in_place = false;
         }
     }
@@ -383,9 +384,11 @@ impl SetState {
         left
     }
 
-    /// An operator gives up the last consistent state, for this once.
+    /// An operator gives up the last consistent state, for this once. The state may be that of a checkpoint, at which the set was
+    /// still consistent: then what ended that is in the journal behind it, and the stage tells of it.
     pub fn give_up_stage(&mut self) {
-        if self.is_consistent() && self.wanted.is_none() {
+        let staged = matches!(&self.stage, Some(stage) if stage.phase == Phase::Staged);
+        if self.is_consistent() && self.wanted.is_none() && !staged {
             return;
         }
         self.in_place = true;

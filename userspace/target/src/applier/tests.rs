@@ -675,6 +675,28 @@ fn space_that_runs_out_on_the_way_holds_the_source_back() {
     assert!(target.plain() == held);
 }
 
+/// The state file is that of a checkpoint before the loss: it says that the set is consistent, and that it is staged.
+#[test]
+fn what_is_chosen_while_the_journal_cannot_be_replayed_for_want_of_space_holds() {
+    let disk = SimDisk::new(1);
+    let mut target = mirrored(&disk, 8192);
+    let batch = target.receive(&[begin(1), Write(1, 0, 16, 50), Write(1, 16, 52, 51)], 0);
+    complaint_of(target.apply(&batch.unwrap()));
+    disk.restart();
+    target.parts.horizon = Arc::default();
+    complaint_of(target.start());
+    target.parts.flags.in_place.store(true, Ordering::Relaxed);
+    target.parts.horizon = Arc::default();
+    target.start().unwrap();
+    assert!(target.applier().state().in_place);
+    target.send(&[end(1)]).unwrap();
+    target.settle().unwrap();
+    let plain = target.plain();
+    assert!(plain[0][..8192].iter().all(|byte| *byte == 50));
+    assert!(plain[0][8192..].iter().all(|byte| *byte == 51));
+    assert!(!target.applier().state().in_place);
+}
+
 #[test]
 fn a_staging_area_that_is_gone_can_be_given_up() {
     let disk = SimDisk::new(1);
