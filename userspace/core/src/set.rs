@@ -587,7 +587,9 @@ impl SetState {
             Marker::OrderLost { code } => self.lose(position, position, code),
             Marker::Covered { device } => {
                 // First, while the volume is worth nothing: it is equal to no state of the present stream yet.
-                self.lose(position, position, Code::OK);
+                // It is told at no record, so it can be restored at this very position.
+                let last = position.saturating_sub(1);
+                self.lose(last.max(1), last, Code::OK);
                 self.enter_sync(device, Sync::Mirrored, position);
             }
             Marker::Intent { version } => self.intent_version = version,
@@ -784,8 +786,8 @@ mod tests {
             .map(|c| (c.stream_uuid, c.seq));
         assert_eq!(consistent, Some((Uuid([1; 16]), 1)));
         assert_eq!(state.past(std::slice::from_ref(&offer), 0).mirrored, [7]);
-        state.on_marker(2, Marker::OrderRestored);
-        assert!(state.in_sync("vol"));
+        state.on_marker(1, Marker::OrderRestored);
+        assert!(state.in_sync("vol"), "without another record");
         assert_eq!(state.volumes["vol"].consistent, None);
     }
 
