@@ -80,7 +80,7 @@ fn random_salt() -> std::io::Result<u64> {
 /// # Errors
 ///
 /// If state, journal or a volume cannot be used.
-pub fn replay(applier: &mut Applier) -> Result<(), OpenError> {
+fn replay(applier: &mut Applier) -> Result<(), OpenError> {
     loop {
         match applier.replay() {
             Ok(()) => return Ok(()),

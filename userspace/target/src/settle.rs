@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use dtloop_core::set::{Consistent, Phase};
@@ -15,8 +16,14 @@ use crate::applier::{Applier, Parts, Pause, Saved, Settings, moments_of};
 use crate::catalog::Catalog;
 use crate::clock::RealClock;
 use crate::config::Config;
-use crate::replica::{replay, set_dir};
+use crate::replica::set_dir;
 use crate::server::lock_state_dir;
+
+/// How often something that fails is tried again.
+const TRIES: u32 = 3;
+
+/// Pause before it is.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What came of it.
 pub struct Settled {
@@ -60,7 +67,7 @@ pub fn settle(config: &Config, name: &str, discard_staged: bool) -> Result<Settl
             threads: 1,
         };
         let mut applier = Applier::load(parts, settings, &dir, owner.source_id, &owner.set)?;
-        replay(&mut applier)?;
+        patiently(|| applier.replay())?;
         finish(&mut applier)?
     };
     for label in settled.volumes.keys() {
@@ -71,24 +78,35 @@ pub fn settle(config: &Config, name: &str, discard_staged: bool) -> Result<Settl
     Ok(settled)
 }
 
-fn finish(applier: &mut Applier) -> Result<Settled> {
+/// Makes a call until it succeeds. The first fdatasync may tell of writes that failed long ago, under another process: what has
+/// to be written again is written again then, and the next one tells the truth.
+fn patiently<T>(mut call: impl FnMut() -> Result<T, Pause>) -> Result<T> {
+    let mut left = TRIES;
     loop {
-        let stage = applier.state().stage.as_ref();
-        let left_out = stage.is_some_and(|stage| stage.phase == Phase::Staged)
-            && !applier.state().is_publishable();
-        match applier.settle() {
-            Ok(volumes) => {
-                return Ok(Settled {
-                    set: applier.state().set.clone(),
-                    volumes,
-                    left_out,
-                });
-            }
+        match call() {
+            Ok(value) => return Ok(value),
             Err(Pause::Again) => {}
+            Err(Pause::Blocked(complaint)) if left > 0 => {
+                tracing::warn!("{}.", complaint.text);
+                left -= 1;
+                std::thread::sleep(RETRY_AFTER);
+            }
             Err(Pause::Blocked(complaint)) => bail!("{}", complaint.text),
             Err(Pause::Fatal(error)) => return Err(error.into()),
         }
     }
+}
+
+fn finish(applier: &mut Applier) -> Result<Settled> {
+    let stage = applier.state().stage.as_ref();
+    let left_out = stage.is_some_and(|stage| stage.phase == Phase::Staged)
+        && !applier.state().is_publishable();
+    let volumes = patiently(|| applier.settle())?;
+    Ok(Settled {
+        set: applier.state().set.clone(),
+        volumes,
+        left_out,
+    })
 }
 
 /// The volumes hold the last consistent state as they are. Nothing may be replayed into them.
