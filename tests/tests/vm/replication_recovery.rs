@@ -76,7 +76,7 @@ fn an_intent_file_that_cannot_be_relied_on_is_named_and_everything_compared() ->
     let mut rig = Rig::pair(32)?;
     rig.begin(OPTIONS)?;
     rig.source().sh(format!(
-        "dd if={INTENT} of=/root/older bs=64k iflag=direct conv=fsync status=none"
+        "dd if={INTENT} of=/root/older bs=64k iflag=direct conv=fsync status=none; sync"
     ))?;
     // Past the page cache, which knows nothing of what the kernel writes there. Something to be told about: another version of the file.
     rig.write(3, 1)?;
