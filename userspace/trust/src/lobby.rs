@@ -144,7 +144,7 @@ mod tests {
             lobby.enter(id, v4(1), at(2));
             lobby.makes_sense(id);
         }
-        assert_eq!(lobby.enter(600, v4(1), at(3)), Some(501));
+        assert_eq!(lobby.enter(600, v4(1), at(3)), Some(500));
     }
 
     #[test]
