@@ -171,12 +171,12 @@ impl Rig {
         &self.source
     }
 
-    pub(crate) fn target(&self) -> &Vm {
-        self.target.as_ref().unwrap_or(&self.source)
-    }
-
     pub(crate) fn source_mut(&mut self) -> &mut Vm {
         &mut self.source
+    }
+
+    pub(crate) fn target(&self) -> &Vm {
+        self.target.as_ref().unwrap_or(&self.source)
     }
 
     pub(crate) fn target_mut(&mut self) -> &mut Vm {

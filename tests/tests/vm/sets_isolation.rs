@@ -201,7 +201,7 @@ fn hostile_visitors_do_not_hurt_the_others() -> Result<()> {
     ];
     rig.target().wait_sh(
         patience(30),
-        "grep -q 'was not understood' /var/log/dttarget.log",
+        "grep -q 'was turned away' /var/log/dttarget.log",
     )?;
     house.get_on(&["default", "second", "third"], "visitors shout")?;
     // Who has to come in anew gets in.

@@ -364,7 +364,7 @@ fn converse(shared: &Arc<Shared>, stream: TcpStream, peer: SocketAddr, ticket: T
         .set_nonblocking(false)
         .and_then(|()| session::bound_handshake(&stream))
         .map_err(Into::into)
-        .and_then(|()| Connection::accept(stream, tls));
+        .and_then(|()| Connection::accept(stream, tls, &|| ticket.makes_sense()));
     match connection {
         Ok(connection) => session::serve(shared, connection, peer, ticket),
         Err(error) => shared.strangers.log(peer, &error),

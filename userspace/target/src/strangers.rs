@@ -36,6 +36,13 @@ pub struct Ticket {
     id: u64,
 }
 
+impl Ticket {
+    /// It has begun to speak the protocol: those who have not go before it.
+    pub fn makes_sense(&self) {
+        self.strangers.inner().lobby.makes_sense(self.id);
+    }
+}
+
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut inner = self.strangers.inner();

@@ -167,8 +167,14 @@ fn open_door(
 }
 
 /// Waits until both sides have shown their keys.
-fn shake(stream: &TcpStream, inbox: &mut Inbox, tls: &TargetTls) -> Result<Tunnel, AcceptError> {
+fn shake(
+    stream: &TcpStream,
+    inbox: &mut Inbox,
+    tls: &TargetTls,
+    makes_sense: &dyn Fn(),
+) -> Result<Tunnel, AcceptError> {
     let mut tunnel = open_door(stream, inbox, tls)?;
+    makes_sense();
     loop {
         let opened = tunnel.open(inbox.rest(), &mut []);
         let wire = take_wire(&mut tunnel);
@@ -192,12 +198,17 @@ fn shake(stream: &TcpStream, inbox: &mut Inbox, tls: &TargetTls) -> Result<Tunne
 }
 
 impl Connection {
-    /// Takes over an accepted connection; without `tls`, as it is. The caller bounds the time that this takes.
+    /// Takes over an accepted connection; without `tls`, as it is. The caller bounds the time that this takes, and is told
+    /// when the peer has begun to speak TLS.
     ///
     /// # Errors
     ///
     /// Why there is none. The peer was told.
-    pub fn accept(stream: TcpStream, tls: Option<&TargetTls>) -> Result<Self, AcceptError> {
+    pub fn accept(
+        stream: TcpStream,
+        tls: Option<&TargetTls>,
+        makes_sense: &dyn Fn(),
+    ) -> Result<Self, AcceptError> {
         stream.set_nodelay(true)?;
         let Some(tls) = tls else {
             return Ok(Self {
@@ -207,7 +218,7 @@ impl Connection {
             });
         };
         let mut inbox = Inbox::new(STRANGER_READ_BYTES);
-        let tunnel = match shake(&stream, &mut inbox, tls) {
+        let tunnel = match shake(&stream, &mut inbox, tls, makes_sense) {
             Ok(tunnel) => tunnel,
             Err(error) => {
                 if matches!(error, AcceptError::Tls(_)) {

@@ -55,7 +55,7 @@ fn rate(transport: TransportKind, payload: usize) -> f64 {
     let reading = std::thread::spawn(move || {
         let tls = TargetTls::new(&identity, Arc::new(Everybody)).unwrap();
         let tls = (transport == TransportKind::Tls).then_some(&tls);
-        let mut connection = Connection::accept(listener.accept().unwrap().0, tls).unwrap();
+        let mut connection = Connection::accept(listener.accept().unwrap().0, tls, &|| ()).unwrap();
         connection.expect_much();
         let (mut buffer, mut read) = (vec![0; 2 << 20], 0);
         loop {

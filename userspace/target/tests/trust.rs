@@ -402,7 +402,7 @@ fn accepted() -> (TargetConnection, TcpStream, Tunnel) {
     let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (accepted, _) = listener.accept().unwrap();
     let accepting =
-        std::thread::spawn(move || TargetConnection::accept(accepted, Some(&tls)).unwrap());
+        std::thread::spawn(move || TargetConnection::accept(accepted, Some(&tls), &|| ()).unwrap());
     let config = source_config(&source, Expect::Pinned(target.pin()), REPLICATE).unwrap();
     let mut tunnel = Tunnel::source(config).unwrap();
     shake(&mut tunnel, &mut stream);
@@ -460,7 +460,7 @@ fn the_agent_tells_a_cut_from_a_farewell() {
         let serving = std::thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();
             let other = stream.try_clone().unwrap();
-            let connection = TargetConnection::accept(stream, Some(&tls)).unwrap();
+            let connection = TargetConnection::accept(stream, Some(&tls), &|| ()).unwrap();
             if says_farewell {
                 connection.dismiss();
             }
@@ -524,7 +524,7 @@ fn strangers_learn_nothing_and_do_not_stop_others() {
     let mut agent = lab.start_agent_to(target.address);
     agent.request(&mirror()).unwrap();
     agent.wait_in_sync();
-    // All but a few of one address had to go at once, the others when their time was over.
+    // All but those that one address may have had to go at once, the others when their time was over.
     for stream in &mut idle {
         stream
             .set_read_timeout(Some(Duration::from_secs(60)))

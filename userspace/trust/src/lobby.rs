@@ -2,8 +2,8 @@
 
 //! Strangers at the door: connections whose peer has not yet shown that it is known. Each costs a thread and some memory, so
 //! there are few of them, they have little time, and a new one may always come in: the oldest of the address that has most
-//! has to go for it, so that a flood pushes out itself. Whoever is known needs milliseconds, and is back at once if it was
-//! unlucky; who only sits there is the first to go.
+//! has to go for it, so that a flood pushes out itself. Those who have made no sense yet go before those who have begun to
+//! speak TLS: noise is cheap, and must not push out a source that shares its address.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use std::time::Duration;
 pub const STRANGERS_MAX: usize = 64;
 
 /// Most of them from one address, or from one network of 64 bits with IPv6: nobody has less.
-pub const STRANGERS_PER_ADDRESS_MAX: usize = 8;
+pub const STRANGERS_PER_ADDRESS_MAX: usize = 32;
 
 /// Longest time until a peer has shown who it is and said hello.
 pub const STRANGER_TIME_MAX: Duration = Duration::from_secs(10);
@@ -31,6 +31,8 @@ struct Stranger {
     id: u64,
     origin: IpAddr,
     since: Duration,
+    /// It has begun to speak the protocol.
+    makes_sense: bool,
 }
 
 /// See the module documentation. Times are since any fixed moment.
@@ -52,14 +54,25 @@ impl Lobby {
             None
         };
         let is_its = |stranger: &Stranger| Some(stranger.origin) == gives_way;
-        let evicted = self.strangers.iter().position(is_its);
+        let is_noise = |stranger: &Stranger| is_its(stranger) && !stranger.makes_sense;
+        let noise = self.strangers.iter().position(is_noise);
+        let evicted = noise.or_else(|| self.strangers.iter().position(is_its));
         let evicted = evicted.and_then(|index| self.strangers.remove(index));
         self.strangers.push_back(Stranger {
             id,
             origin,
             since: now,
+            makes_sense: false,
         });
         evicted.map(|stranger| stranger.id)
+    }
+
+    /// It has begun to speak the protocol.
+    pub fn makes_sense(&mut self, id: u64) {
+        let found = self.strangers.iter_mut().find(|stranger| stranger.id == id);
+        if let Some(stranger) = found {
+            stranger.makes_sense = true;
+        }
     }
 
     fn count(&self, origin: IpAddr) -> usize {
@@ -108,14 +121,30 @@ mod tests {
     fn one_address_cannot_fill_the_lobby() {
         let mut lobby = Lobby::default();
         assert_eq!(lobby.enter(100, v4(2), at(0)), None);
-        for id in 0..8 {
+        for id in 0..32 {
             assert_eq!(lobby.enter(id, v4(1), at(0)), None);
         }
         // From now on it pushes out its own.
-        for id in 8..1000 {
-            assert_eq!(lobby.enter(id, v4(1), at(0)), Some(id - 8));
+        for id in 32..90 {
+            assert_eq!(lobby.enter(id, v4(1), at(0)), Some(id - 32));
         }
-        assert_eq!(lobby.strangers.len(), 9);
+        assert_eq!(lobby.strangers.len(), 33);
+    }
+
+    #[test]
+    fn noise_does_not_push_out_who_makes_sense() {
+        let mut lobby = Lobby::default();
+        lobby.enter(1000, v4(1), at(0));
+        lobby.makes_sense(1000);
+        for id in 0..500 {
+            assert_ne!(lobby.enter(id, v4(1), at(1)), Some(1000));
+        }
+        // Where all make sense, the oldest goes all the same.
+        for id in 500..532 {
+            lobby.enter(id, v4(1), at(2));
+            lobby.makes_sense(id);
+        }
+        assert_eq!(lobby.enter(600, v4(1), at(3)), Some(500));
     }
 
     #[test]
