@@ -8,6 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
+use crate::verify_config::VerifyConfig;
+
 /// Where the configuration is.
 pub const CONFIG_PATH: &str = "/etc/DT/dtloop.toml";
 
@@ -35,6 +37,12 @@ pub struct SetConfig {
     /// Longest pause before the next attempt to connect, in milliseconds.
     #[serde(default = "default_retry_ms_max")]
     pub retry_ms_max: u64,
+    /// Both sides compute the hash chain over the records.
+    #[serde(default = "default_chain")]
+    pub chain: bool,
+    /// When the set is verified by itself.
+    #[serde(default)]
+    pub verify: Option<VerifyConfig>,
 }
 
 impl SetConfig {
@@ -62,6 +70,10 @@ pub struct Config {
 
 fn default_retry_ms_max() -> u64 {
     2000
+}
+
+fn default_chain() -> bool {
+    true
 }
 
 fn default_state_dir() -> PathBuf {

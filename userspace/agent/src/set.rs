@@ -12,11 +12,14 @@
 //! `dtloop` and the reads of mirrors are taken in turn.
 
 mod jobs;
+mod proof;
 mod recovery;
 mod requests;
 mod shared;
 mod shipping;
 mod status;
+mod verify;
+mod watch;
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -83,6 +86,8 @@ const RATES_EVERY_MS: u64 = 2000;
 /// Pause of a resync after the source could not read its device.
 const RESYNC_RETRY: Duration = Duration::from_secs(1);
 
+/// Why a job ended that an operator stopped.
+const STOPPED: &str = "An operator stopped it";
 /// How often the kernel is told what the target has, for its intent map.
 const INTENT_EVERY: Duration = Duration::from_secs(1);
 
@@ -184,6 +189,10 @@ pub struct Worker {
     /// Version of the intent file that the target was told.
     intent_told: u64,
     last_verify: Vec<dtloop_api::VerifyResult>,
+    chain: proof::ChainKeeper,
+    /// The chain begins anew with a new connection, which is to be made.
+    renew_chain: bool,
+    verifier: verify::Verifier,
     last_recovery: Vec<dtloop_api::Recovery>,
     lost: Option<(u64, u64)>,
     /// What makes the copy whole was sent below this record: until the target has applied it, the copy is not.
@@ -212,6 +221,9 @@ impl Worker {
     ) -> Result<Self, dtloop_store::StateFileError> {
         let path = state_dir.join(format!("{}.set", config.name));
         let memory: SetMemory = dtloop_store::load(&path)?.unwrap_or_default();
+        let last_verify = dtloop_store::load(&path.with_extension("verified"))?.unwrap_or_default();
+        let log_path = path.with_extension("verify.log");
+        shared.set_verify_log(&log_path);
         let last_recovery = memory
             .job
             .iter()
@@ -225,6 +237,9 @@ impl Worker {
             shared,
             streams,
             source_id,
+            chain: proof::ChainKeeper::new(path.with_extension("chain")),
+            renew_chain: false,
+            verifier: verify::Verifier::new(log_path),
             path,
             persisted: memory.clone(),
             memory,
@@ -235,12 +250,12 @@ impl Worker {
             resync_after: None,
             devices: vec![],
             reports: vec![],
+            last_verify,
             past: Past::default(),
             region_sectors: 0,
             settled: None,
             intents_tended: now,
             intent_told: 0,
-            last_verify: vec![],
             last_recovery,
             lost: None,
             whole_at: 0,
@@ -364,9 +379,11 @@ impl Worker {
 
     fn refresh_devices(&mut self, stream: &dyn CaptureStream) -> Result<(), End> {
         self.devices = stream.devices()?;
+        let devices = self.devices.clone();
         for offer in self.offers() {
             self.memory.enter_device(&offer);
         }
+        self.watch(&devices);
         self.set_resync_devices();
         Ok(())
     }
@@ -450,6 +467,7 @@ impl Worker {
                 self.config.name
             );
         }
+        self.chain.load(uuid);
         self.refresh_devices(stream)?;
         self.watch_intents(stream)?;
         self.settled = None;
@@ -494,7 +512,7 @@ impl Worker {
             first_seq,
             next_seq,
             devices: self.offers(),
-            options: vec![],
+            options: self.hello_options(),
         };
         let mut outbox = Outbox::default();
         outbox.message(0, 0, &Message::Hello(hello))?;
@@ -520,6 +538,9 @@ impl Worker {
             pinged: now,
             batches: VecDeque::new(),
         };
+        let next = session.core.next_to_send();
+        self.begin_comparing(next);
+        self.resume_chain(stream, &welcome, resumed, next - 1)?;
         self.past = past;
         self.reconcile(stream, &mut session, welcome, resumed)?;
         self.totals.connections += 1;
@@ -701,6 +722,7 @@ impl Worker {
         devices: Vec<DeviceJob>,
         reason: String,
     ) -> u64 {
+        self.suspend_scheduled();
         let id = self.memory.next_job_id();
         let state = JobState {
             id,
@@ -710,6 +732,8 @@ impl Worker {
             paused: false,
             failed: None,
         };
+        self.memory.scheduled = false;
+        self.log_begin(&state);
         self.job = Some(JobView::new(state.clone(), stream.ring().next_seq()));
         self.memory.job = Some(state.clone());
         self.planner = Some(Planner::new(state));

@@ -102,6 +102,8 @@ impl JobView {
         let extent = |range: &dtloop_core::mirror::Range| ByteRange {
             start: range.start * SECTOR_BYTES,
             bytes: range.sectors * SECTOR_BYTES,
+            first_seq: range.first_seq,
+            last_seq: range.last_seq,
         };
         let complete = device.is_done();
         VerifyResult {
@@ -241,6 +243,8 @@ impl Snapshot {
                 lag_ms: 0,
                 rates: dtloop_api::Rates::default(),
                 totals: dtloop_api::Totals::default(),
+                proven: None,
+                verify_schedule: None,
                 devices: vec![],
             },
             job: None,

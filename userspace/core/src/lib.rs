@@ -14,24 +14,33 @@
 //! | source | [`resync`] | when every change that was not in the stream has been sent again |
 //! | source | [`coverage`] | whether comparing the marked regions is enough after a crash |
 //! | source | [`replica`] | what the source remembers of a set, and what must be mirrored |
+//! | source | [`alarm`], [`outside`] | when a copy must be verified, and when a difference is one |
+//! | source | [`timetable`] | when a verification is due |
+//! | both | [`chain`] | the hash chain over the records |
 //! | target | [`sequence`] | whether a record is the next one, a duplicate, or a hole before it |
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
 //! | target | [`apply`] | what a record does to a volume |
 //! | target | [`binding`] | whom a volume belongs to |
+//! | target | [`identity`] | whether a volume is the one that was left, as it was left |
 //! | target | [`journal`] | the layout of the journal on disk |
 
 #![forbid(unsafe_code)]
 
+pub mod alarm;
 pub mod apply;
 pub mod binding;
+pub mod chain;
 pub mod coverage;
+pub mod identity;
 pub mod journal;
 pub mod mirror;
+pub mod outside;
 pub mod replica;
 pub mod resync;
 pub mod sequence;
 pub mod set;
 pub mod source;
+pub mod timetable;
 
 /// Reads and writes a [`Uuid`](dtloop_proto::Uuid) as text in the state files.
 pub mod uuid_text {

@@ -18,11 +18,15 @@
 
 use std::collections::BTreeMap;
 
-use dtloop_proto::message::{DeviceOffer, Hello, Marker, Past, VolumeReport, VolumeSync};
-use dtloop_proto::{Code, Op, RecordBody, Uuid};
+use dtloop_proto::message::{
+    self, Alarm, DeviceOffer, Hello, Marker, Past, VolumeReport, VolumeSync,
+};
+use dtloop_proto::{Code, Op, RecordBody, RecordKind, Uuid};
 use serde::{Deserialize, Serialize};
 
 use crate::binding::Refusal;
+use crate::chain::Chain;
+use crate::identity::VolumeIdentity;
 
 /// The order of the source's writes is lost: the target is no prefix of them from `from` until a
 /// resync that begins after `last` is complete.
@@ -69,6 +73,19 @@ impl From<Sync> for VolumeSync {
     }
 }
 
+/// Something that was noticed about a volume, until a verification has made it good.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeAlarm {
+    /// Rises with every alarm of the volume.
+    pub number: u64,
+    /// A [`Code`].
+    pub code: u16,
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// For people.
+    pub text: String,
+}
+
 /// A volume of the set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeState {
@@ -86,6 +103,15 @@ pub struct VolumeState {
     /// The last moment at which it was known to be equal to its device, once it no longer is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistent: Option<Consistent>,
+    /// See [`VolumeAlarm`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<VolumeAlarm>,
+    /// Alarms raised so far.
+    #[serde(default)]
+    pub alarms: u64,
+    /// What the volume is known by, as of the checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<VolumeIdentity>,
 }
 
 /// Everything that the target remembers of a set. A copy of it is made durable at checkpoints.
@@ -106,6 +132,9 @@ pub struct SetState {
     /// Whether the order is lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<Lost>,
+    /// The hash chain over the records that were applied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<Chain>,
     /// Volumes by label.
     pub volumes: BTreeMap<String, VolumeState>,
     /// The last version of the source's intent file that was told.
@@ -140,6 +169,7 @@ impl SetState {
             stream_uuid: Uuid::NONE,
             applied_seq: 0,
             lost: None,
+            chain: None,
             volumes: BTreeMap::new(),
             intent_version: 0,
         }
@@ -176,13 +206,15 @@ impl SetState {
             return Err(Refusal::new(
                 Code::OLDER_GENERATION,
                 format!(
-                    "Set \"{}\" of source {} comes with generation {} but this target has seen {}; an older \
-                     state of the source was restored, or it was cloned",
-                    self.set, self.source_id, hello.generation, self.generation
+                    "Set \"{}\" of source {} comes with generation {} but this target has seen {}: an older \
+                     state of the source was restored, or it was cloned; if this is the source whose data counts, \
+                     run \"dttarget accept {}\" on the target",
+                    self.set, self.source_id, hello.generation, self.generation, self.set
                 ),
             ));
         }
         if hello.stream_uuid != self.stream_uuid {
+            self.check_lineage(hello)?;
             return Ok(Admission::NewStream);
         }
         if durable_seq >= hello.next_seq {
@@ -203,6 +235,52 @@ impl SetState {
         Ok(Admission::Resume)
     }
 
+    /// A source with a new stream must have offered the one that the target followed: what the target holds is then part
+    /// of its past. Otherwise the target holds data of a clone, or of a later state than the one that was restored.
+    fn check_lineage(&self, hello: &Hello) -> Result<(), Refusal> {
+        let lineage = message::option(&hello.options, message::OPTION_LINEAGE);
+        let knows =
+            lineage.is_none_or(|list| list.chunks(16).any(|uuid| uuid == self.stream_uuid.0));
+        if knows || self.stream_uuid.is_none() {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            Code::UNRELATED,
+            format!(
+                "Set \"{}\" of source {}: the target followed stream {}, which is not in this source's past. It is a \
+                 clone of the source, or an older state of it was restored, and the copy may be newer than the source. \
+                 If this is the source whose data counts, run \"dttarget accept {}\" on the target",
+                self.set,
+                self.source_id,
+                self.stream_uuid.short(),
+                self.set
+            ),
+        ))
+    }
+
+    /// An operator wants this source to be followed, whatever its past.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be sent, for what no decision can change.
+    pub fn accept(&mut self, hello: &Hello, durable_seq: u64) -> Result<Admission, Refusal> {
+        self.generation = hello.generation;
+        if hello.stream_uuid != self.stream_uuid {
+            return Ok(Admission::NewStream);
+        }
+        self.admit(hello, durable_seq)
+    }
+
+    /// An operator wants the volume to be overwritten, whatever it is now.
+    pub fn accept_volume(&mut self, label: &str) {
+        self.distrust(label);
+        if let Some(volume) = self.volumes.get_mut(label) {
+            volume.identity = None;
+            volume.refused = None;
+            volume.alarm = None;
+        }
+    }
+
     /// Takes up what [`SetState::admit`] found, once everything received before has been applied.
     pub fn enter(&mut self, hello: &Hello, admission: Admission) {
         self.generation = hello.generation;
@@ -213,6 +291,7 @@ impl SetState {
                 self.stream_uuid = hello.stream_uuid;
                 self.applied_seq = hello.first_seq - 1;
                 self.lost = None;
+                self.chain = None;
                 for volume in self.volumes.values_mut() {
                     volume.device = 0;
                     volume.sync_seq = self.applied_seq;
@@ -222,7 +301,15 @@ impl SetState {
                 self.distrust_all();
                 self.lose(from, to - 1, Code::SEQUENCE_HOLE);
                 self.applied_seq = to - 1;
+                self.chain = None;
             }
+        }
+        // Also where an earlier version of this program has left none.
+        let (stream_uuid, seq) = (self.stream_uuid, self.applied_seq);
+        if message::option(&hello.options, message::OPTION_UNCHAINED).is_some() {
+            self.chain = None;
+        } else if self.chain.is_none_or(|chain| chain.seq != seq) {
+            self.chain = Some(Chain::begin(stream_uuid, seq));
         }
     }
 
@@ -278,6 +365,9 @@ impl SetState {
             sync_seq: seq,
             refused: None,
             consistent: None,
+            alarm: None,
+            alarms: 0,
+            identity: None,
         });
         volume.sectors = sectors;
         volume.refused = refused.map(|refusal| (refusal.code.0, refusal.text.clone()));
@@ -316,6 +406,50 @@ impl SetState {
         self.applied_seq = seq;
     }
 
+    /// A record was applied: its place in the hash chain. To be called before [`SetState::on_record`].
+    pub fn chain(&mut self, kind: RecordKind, body: &RecordBody, payload: &[u8]) {
+        if let Some(chain) = &mut self.chain {
+            chain.add(kind, body, payload);
+        }
+    }
+
+    /// Something was noticed about a volume for which it must be verified.
+    pub fn raise_alarm(&mut self, label: &str, code: Code, unix_ms: u64, text: String) {
+        if let Some(volume) = self.volumes.get_mut(label) {
+            volume.alarms += 1;
+            let number = volume.alarms;
+            let unix_ms = volume.alarm.as_ref().map_or(unix_ms, |alarm| alarm.unix_ms);
+            volume.alarm = Some(VolumeAlarm {
+                number,
+                code: code.0,
+                unix_ms,
+                text,
+            });
+        }
+    }
+
+    /// The alarms that the source has not answered.
+    pub fn alarms(&self) -> impl Iterator<Item = Alarm> + '_ {
+        let volumes = self.volumes.values().filter(|volume| volume.device != 0);
+        volumes.filter_map(|volume| {
+            let alarm = volume.alarm.as_ref()?;
+            Some(Alarm {
+                device: volume.device,
+                number: alarm.number,
+                code: Code(alarm.code),
+                unix_ms: alarm.unix_ms,
+                text: message::bounded_text(alarm.text.clone()),
+            })
+        })
+    }
+
+    fn clear_alarm(&mut self, device: u32, number: u64) {
+        let mut volumes = self.volumes.values_mut();
+        if let Some(volume) = volumes.find(|volume| volume.device == device) {
+            volume.alarm.take_if(|alarm| alarm.number <= number);
+        }
+    }
+
     /// A record passed a volume by: it was refused, or does not reach as far.
     pub fn on_passed_by(&mut self, device: u32) {
         if let Some(label) = self.label_of(device).map(str::to_owned) {
@@ -348,10 +482,15 @@ impl SetState {
             Marker::OrderLost { code } => self.lose(position, position, code),
             Marker::Covered { device } => {
                 // First, while the volume is worth nothing: it is equal to no state of the present stream yet.
-                self.lose(position, position, Code::OK);
+                // It is told at no record, so it can be restored at this very position.
+                let last = position.saturating_sub(1);
+                self.lose(last.max(1), last, Code::OK);
                 self.enter_sync(device, Sync::Mirrored, position);
             }
             Marker::Intent { version } => self.intent_version = version,
+            Marker::Cleared { device, number } => self.clear_alarm(device, number),
+            // Asks, and changes nothing.
+            Marker::Prove { .. } => {}
         }
     }
 
@@ -381,10 +520,9 @@ impl SetState {
     #[must_use]
     pub fn in_sync(&self, label: &str) -> bool {
         self.lost.is_none()
-            && self
-                .volumes
-                .get(label)
-                .is_some_and(|volume| volume.sync == Sync::Mirrored && volume.refused.is_none())
+            && self.volumes.get(label).is_some_and(|volume| {
+                volume.sync == Sync::Mirrored && volume.refused.is_none() && volume.alarm.is_none()
+            })
     }
 
     /// The volumes as they are reported to the source.
@@ -456,6 +594,67 @@ mod tests {
         state.on_marker(2, Marker::MirrorEnd { device: 1 });
         assert!(state.in_sync("vol"));
         state
+    }
+
+    #[test]
+    fn what_the_target_holds_must_be_in_the_sources_past() {
+        let state = mirrored();
+        let coming = |stream, generation, past: &[u8]| {
+            let value = past.iter().flat_map(|stream| [*stream; 16]).collect();
+            let mut hello = hello(stream, generation, 1, 10);
+            hello.options = vec![message::HandshakeOption {
+                key: message::OPTION_LINEAGE,
+                value,
+            }];
+            state.admit(&hello, 1).map_err(|refusal| refusal.code)
+        };
+        assert_eq!(coming(3, 3, &[3, 2, 1]), Ok(Admission::NewStream));
+        // A clone, or a restored state, that has come further than the one the target knows.
+        assert_eq!(coming(5, 7, &[5, 4, 3]), Err(Code::UNRELATED));
+        assert_eq!(coming(5, 1, &[5, 1]), Err(Code::OLDER_GENERATION));
+    }
+
+    #[test]
+    fn the_chain_goes_with_the_sequence() {
+        let mut state = mirrored();
+        let chain = |state: &SetState| state.chain.unwrap();
+        assert_eq!(chain(&state).seq, 0, "nothing was added yet");
+        state.enter(&hello(1, 1, 1, 10), Admission::Resume);
+        assert_eq!(chain(&state), Chain::begin(Uuid([1; 16]), 1));
+        let write = record(Op::Write, STATE_COMMITTED);
+        state.chain(RecordKind::Data, &write, &[1; 4096]);
+        state.on_record(2, &write);
+        let before = chain(&state);
+        state.enter(&hello(1, 1, 1, 10), Admission::Resume);
+        assert_eq!(chain(&state), before);
+        state.enter(&hello(1, 1, 7, 10), Admission::Hole { from: 3, to: 7 });
+        assert_eq!(chain(&state), Chain::begin(Uuid([1; 16]), 6));
+    }
+
+    #[test]
+    fn an_alarm_stands_until_it_is_cleared() {
+        let mut state = mirrored();
+        state.raise_alarm("vol", Code::VOLUME_CHANGED, 5, "changed".into());
+        assert!(!state.in_sync("vol"));
+        let alarm = state.alarms().next().unwrap();
+        assert_eq!((alarm.device, alarm.number, alarm.unix_ms), (1, 1, 5));
+        state.raise_alarm("vol", Code::VOLUME_CHANGED, 6, "changed again".into());
+        state.on_marker(
+            2,
+            Marker::Cleared {
+                device: 1,
+                number: 1,
+            },
+        );
+        assert!(!state.in_sync("vol"), "that was about the first one");
+        state.on_marker(
+            2,
+            Marker::Cleared {
+                device: 1,
+                number: 2,
+            },
+        );
+        assert!(state.in_sync("vol") && state.alarms().next().is_none());
     }
 
     #[test]

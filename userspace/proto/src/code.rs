@@ -71,6 +71,12 @@ codes! {
     LABEL_TWICE = 18, "label-twice";
     /// What the target remembers of the set is damaged.
     STATE_DAMAGED = 19, "state-damaged";
+    /// The volume is another file or disk than the one that was followed.
+    VOLUME_REPLACED = 20, "volume-replaced";
+    /// The volume was changed by something else than the target.
+    VOLUME_CHANGED = 21, "volume-changed";
+    /// What the target holds does not come from this source's past.
+    UNRELATED = 22, "unrelated-data";
 }
 
 impl Code {

@@ -11,6 +11,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod log;
+
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};

@@ -16,15 +16,18 @@ use std::time::{Duration, Instant};
 
 use dtloop_core::apply::{Action, action};
 use dtloop_core::binding::{Refusal, check_label};
+use dtloop_core::chain::{self, Link};
+use dtloop_core::identity::{NothingPending, Pending, SAMPLE_BYTES};
 use dtloop_core::journal::SEGMENT_HEADER_BYTES;
 use dtloop_core::set::{Admission, SetState};
 use dtloop_proto::message::{
-    DeviceOffer, Hello, Marker, Mismatch, Notice, Past, Verified, VolumeReport, Volumes,
+    DeviceOffer, Hello, Marker, Mismatch, Notice, Past, Proof, Verified, VolumeReport, Volumes,
 };
 use dtloop_proto::{Code, Decoded, Frame, Message, RecordBody, RecordKind, Uuid};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::Catalog;
+use crate::findings::{Findings, unix_ms};
 use crate::journal::{Horizon, Position, Replay};
 use crate::outlet::Outlet;
 use crate::volume::Volume;
@@ -38,6 +41,23 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Longest wait before the applier looks whether a checkpoint is due or asked for.
 const TICK: Duration = Duration::from_millis(200);
+
+/// In the directory of a set: an operator decided that the next source is followed, whatever its past.
+pub const ACCEPT_FILE: &str = "accept";
+
+/// What the journal changes of a volume.
+struct Changes<'a>(&'a [(u64, u64)]);
+
+impl Pending for Changes<'_> {
+    fn is_any(&self) -> bool {
+        !self.0.is_empty()
+    }
+
+    fn touches(&self, offset: u64) -> bool {
+        let mut ranges = self.0.iter();
+        ranges.any(|(start, end)| *start < offset + SAMPLE_BYTES && offset < *end)
+    }
+}
 
 /// What is made durable at a checkpoint.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -93,6 +113,8 @@ pub struct Entered {
     pub known_stream: Uuid,
     /// Whether and where the order is lost.
     pub lost: (u64, u64),
+    /// The link of the hash chain behind the last record.
+    pub link: Option<Link>,
     /// The volumes.
     pub volumes: Vec<VolumeReport>,
     /// What they were worth until now.
@@ -114,6 +136,8 @@ pub enum Command {
     },
     /// Bind a device.
     Bind(DeviceOffer),
+    /// The source was welcomed; from now on it can be told something.
+    Welcomed,
     /// Checkpoint and end.
     Stop,
 }
@@ -152,6 +176,7 @@ pub struct Applier {
     scratch: Vec<u8>,
     mismatches: Vec<Mismatch>,
     compared: Option<u64>,
+    findings: Findings,
     replaying: bool,
     complained: bool,
 }
@@ -209,6 +234,7 @@ impl Applier {
             scratch: vec![],
             mismatches: vec![],
             compared: None,
+            findings: Findings::new(dir.join("verify.log")),
             replaying: false,
             complained: false,
         })
@@ -271,6 +297,7 @@ impl Applier {
     }
 
     fn open_volumes(&mut self) {
+        let mut survey = None;
         let bound: Vec<(String, u32)> = self
             .state
             .volumes
@@ -279,12 +306,114 @@ impl Applier {
             .map(|(label, volume)| (label.clone(), volume.device))
             .collect();
         for (label, device) in bound {
-            match self.catalog.open(&label) {
+            let known = self
+                .state
+                .volumes
+                .get(&label)
+                .and_then(|volume| volume.identity.clone());
+            let opened = self.catalog.open(&label).and_then(|mut volume| {
+                if volume.examine(known.as_ref(), &NothingPending).is_err() {
+                    // What the journal changes again may have been changed before the crash.
+                    let survey = survey.get_or_insert_with(|| self.survey());
+                    let changes = Changes(survey.get(&device).map_or(&[], Vec::as_slice));
+                    volume.examine(known.as_ref(), &changes)?;
+                }
+                Ok(volume)
+            });
+            match opened {
                 Ok(volume) => {
                     self.volumes.insert(device, volume);
                 }
-                Err(refusal) => tracing::error!("{refusal}."),
+                Err(refusal) => {
+                    tracing::error!("{refusal}.");
+                    self.refuse(&label, device, &refusal);
+                }
             }
+        }
+    }
+
+    /// Records of the device pass the volume by until it is bound again.
+    fn refuse(&mut self, label: &str, device: u32, refusal: &Refusal) {
+        let sectors = self.state.volumes.get(label).map(|volume| volume.sectors);
+        self.state
+            .bind(label, device, sectors.unwrap_or(0), Some(refusal));
+    }
+
+    /// The ranges that the journal changes behind the checkpoint, by device.
+    fn survey(&self) -> HashMap<u32, Vec<(u64, u64)>> {
+        let mut ranges = HashMap::<u32, Vec<(u64, u64)>>::new();
+        let dir = self.dir.join("journal");
+        // A journal that cannot be read ends the replay as well, with the reason.
+        let Ok(mut replay) = Replay::new(&dir, self.state.source_id, self.checkpoint) else {
+            return ranges;
+        };
+        let mut next_seq = self.state.applied_seq + 1;
+        while let Ok(Some(replayed)) = replay.next_batch() {
+            let (first_seq, digest) = (replayed.header.first_seq, replayed.header.digest);
+            let mut batch = Batch {
+                buffer: replayed.frames,
+                ..Batch::default()
+            };
+            if first_seq != next_seq || !parse_batch(&mut batch, digest, first_seq) {
+                break;
+            }
+            next_seq = replayed.header.next_seq;
+            for item in &batch.items {
+                if let Item::Record {
+                    kind,
+                    body,
+                    payload: (start, end),
+                    ..
+                } = item
+                {
+                    match action(*kind, body, &batch.buffer[*start..*end]) {
+                        Action::Write { offset, data } => {
+                            let range = (offset, offset + data.len() as u64);
+                            ranges.entry(body.device).or_default().push(range);
+                        }
+                        Action::Zero { offset, bytes } => {
+                            let range = (offset, offset + bytes);
+                            ranges.entry(body.device).or_default().push(range);
+                        }
+                        Action::Compare { .. } | Action::Nothing => {}
+                    }
+                }
+            }
+        }
+        ranges
+    }
+
+    /// Looks whether somebody else writes to the volumes, between what this program writes.
+    fn watch_volumes(&mut self) {
+        let disturbed = self.volumes.values_mut().filter_map(|volume| {
+            let is_disturbed = volume.is_disturbed();
+            is_disturbed.then(|| volume.name().to_owned())
+        });
+        let disturbed: Vec<String> = disturbed.collect();
+        for label in disturbed {
+            let text = format!(
+                "Volume \"{label}\" of set \"{}\" was written to by something else than the target; the copy may differ. \
+                 Find who does it, then run dtloop verify --repair on the source",
+                self.state.set
+            );
+            let known = self
+                .state
+                .volumes
+                .get(&label)
+                .is_some_and(|volume| volume.alarm.is_some());
+            if !known {
+                tracing::error!("{text}.");
+            }
+            self.state
+                .raise_alarm(&label, Code::VOLUME_CHANGED, unix_ms(), text);
+            self.dirty_since.get_or_insert_with(Instant::now);
+            self.tell_alarms();
+        }
+    }
+
+    fn tell_alarms(&self) {
+        for alarm in self.state.alarms() {
+            self.outlet.send(&Message::Alarm(alarm));
         }
     }
 
@@ -355,7 +484,8 @@ impl Applier {
                     }
                     return Ok(());
                 }
-                Err(RecvTimeoutError::Timeout) => {}
+                Ok(Command::Welcomed) => self.tell_alarms(),
+                Err(RecvTimeoutError::Timeout) => self.watch_volumes(),
             }
             self.checkpoint_if_due()?;
         }
@@ -375,6 +505,7 @@ impl Applier {
 
     /// Makes the volumes durable, then the state, and frees the journal before it.
     fn checkpoint(&mut self) -> Result<(), OpenError> {
+        self.watch_volumes();
         while let Some((name, error)) = self.sync_volumes() {
             // When it is time to end, the old checkpoint stays, and the journal behind it.
             if !self.bears(&format!("Volume \"{name}\" cannot be used"), &error) {
@@ -384,6 +515,11 @@ impl Applier {
         }
         if self.is_ending() {
             return Ok(());
+        }
+        for volume in self.volumes.values_mut() {
+            if let Some(state) = self.state.volumes.get_mut(volume.name()) {
+                state.identity = Some(volume.identity());
+            }
         }
         let saved = Saved {
             state: self.state.clone(),
@@ -479,7 +615,7 @@ impl Applier {
     fn enter(&mut self, hello: &Hello, durable_seq: u64) -> Result<Entered, Refusal> {
         let known_stream = self.state.stream_uuid;
         let past = self.state.past(&hello.devices, durable_seq);
-        let admission = self.state.admit(hello, durable_seq)?;
+        let admission = self.admit(hello, durable_seq)?;
         self.state.enter(hello, admission);
         if admission != Admission::Resume {
             self.volumes.clear();
@@ -495,9 +631,27 @@ impl Applier {
             admission,
             known_stream,
             lost,
+            link: self.state.chain.map(|chain| chain.link),
             volumes: self.reports(),
             past: self.trusted(past),
         })
+    }
+
+    /// Admits the source, or follows what an operator decided with `dttarget accept`.
+    fn admit(&mut self, hello: &Hello, durable_seq: u64) -> Result<Admission, Refusal> {
+        let refusal = match self.state.admit(hello, durable_seq) {
+            Ok(admission) => return Ok(admission),
+            Err(refusal) => refusal,
+        };
+        let can_decide = [Code::OLDER_GENERATION, Code::UNRELATED].contains(&refusal.code);
+        if !can_decide || std::fs::remove_file(self.dir.join(ACCEPT_FILE)).is_err() {
+            return Err(refusal);
+        }
+        tracing::warn!(
+            "Set \"{}\": followed as an operator decided, although: {refusal}.",
+            self.state.set
+        );
+        self.state.accept(hello, durable_seq)
     }
 
     /// A volume that is refused now is worth nothing, whatever it was.
@@ -519,6 +673,15 @@ impl Applier {
         let result = check_label(offer, all).and_then(|()| {
             self.catalog
                 .bind(self.state.source_id, &self.state.set, offer, open)
+        });
+        let known = self
+            .state
+            .volumes
+            .get(&offer.label)
+            .and_then(|volume| volume.identity.clone());
+        let result = result.and_then(|mut volume| {
+            volume.examine(known.as_ref(), &NothingPending)?;
+            Ok(volume)
         });
         match result {
             Ok(volume) => {
@@ -560,6 +723,14 @@ impl Applier {
     }
 
     fn apply(&mut self, batch: &Batch) {
+        self.watch_volumes();
+        self.apply_items(batch);
+        for volume in self.volumes.values_mut() {
+            volume.settle();
+        }
+    }
+
+    fn apply_items(&mut self, batch: &Batch) {
         for item in &batch.items {
             if self.flags.abandon.load(Ordering::Relaxed) {
                 return;
@@ -575,8 +746,14 @@ impl Applier {
                     if self.is_ending() {
                         return;
                     }
+                    let content = &batch.buffer[start..end];
+                    self.state.chain(kind, &body, content);
                     self.state.on_record(seq, &body);
                 }
+                Item::Marker {
+                    position,
+                    marker: Marker::Prove { link },
+                } => self.prove(position, link),
                 Item::Marker { position, marker } => {
                     self.state.on_marker(position, marker);
                     tracing::info!(
@@ -598,6 +775,31 @@ impl Applier {
         self.report_compared();
     }
 
+    /// Says what the chain is where the source asks; what was asked before a crash is asked again.
+    fn prove(&mut self, position: u64, source: Link) {
+        let Some(chain) = self.state.chain.filter(|chain| chain.seq + 1 == position) else {
+            return;
+        };
+        if self.replaying {
+            return;
+        }
+        if chain.link != source {
+            tracing::error!(
+                "Set \"{}\": up to record {} something else was applied than the source sent: the hash chain is {} here \
+                 and {} there; its volumes must be verified.",
+                self.state.set,
+                chain.seq,
+                chain::text(&chain.link),
+                chain::text(&source)
+            );
+        }
+        self.outlet.send(&Message::Proof(Proof {
+            seq: chain.seq,
+            source,
+            target: chain.link,
+        }));
+    }
+
     fn apply_record(&mut self, seq: u64, kind: RecordKind, body: &RecordBody, payload: &[u8]) {
         let action = action(kind, body, payload);
         if action == Action::Nothing {
@@ -605,7 +807,7 @@ impl Applier {
         }
         if !self.fits(body.device, &action) {
             if kind == RecordKind::Hash {
-                self.note_compared(seq, body, false);
+                self.note_compared(seq, body, payload, [0; 32]);
             }
             self.state.on_passed_by(body.device);
             return;
@@ -620,14 +822,14 @@ impl Applier {
                 hash,
             } => {
                 let bytes = usize::try_from(bytes).unwrap_or(0);
-                let mut equal = false;
+                let mut found = [0; 32];
                 self.until_it_works(body.device, |volume, scratch| {
                     scratch.resize(bytes, 0);
                     volume.read(offset, scratch)?;
-                    equal = blake3::hash(scratch).as_bytes() == hash;
+                    found = *blake3::hash(scratch).as_bytes();
                     Ok(())
                 });
-                self.note_compared(seq, body, equal);
+                self.note_compared(seq, body, hash, found);
             }
             Action::Nothing => {}
         }
@@ -652,20 +854,25 @@ impl Applier {
         }
     }
 
-    fn note_compared(&mut self, seq: u64, body: &RecordBody, equal: bool) {
+    fn note_compared(&mut self, seq: u64, body: &RecordBody, source: &[u8], hash: [u8; 32]) {
         self.compared = Some(seq);
-        if !equal {
-            let (device, start_sector, sectors) = (body.device, body.start_sector, body.sectors);
-            self.mismatches.push(Mismatch {
-                seq,
-                device,
-                start_sector,
-                sectors,
-            });
+        let (device, start_sector, sectors) = (body.device, body.start_sector, body.sectors);
+        let found = Mismatch {
+            seq,
+            device,
+            start_sector,
+            sectors,
+            hash,
+        };
+        let label = self.state.label_of(device).unwrap_or_default();
+        self.findings.on_compared(label, &found, source);
+        if source != hash {
+            self.mismatches.push(found);
         }
     }
 
     fn report_compared(&mut self) {
+        self.findings.write(&self.state.set);
         let Some(last) = self.compared.take() else {
             return;
         };

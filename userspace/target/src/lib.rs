@@ -22,6 +22,8 @@ pub mod applier;
 pub mod catalog;
 pub mod config;
 pub mod door;
+mod findings;
+mod guard;
 pub mod journal;
 pub mod outlet;
 pub mod replica;

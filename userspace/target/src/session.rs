@@ -8,12 +8,13 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use dtloop_core::binding::Refusal;
+use dtloop_core::chain::Link;
 use dtloop_core::sequence::{Arrival, Hole, Sequencer};
 use dtloop_core::set::Admission;
 use dtloop_proto::frame::FrameError;
 use dtloop_proto::header::HEADER_BYTES;
 use dtloop_proto::limits::{BODY_BYTES_MAX, FRAME_BYTES_MAX};
-use dtloop_proto::message::{Hello, Refuse, Welcome, bounded_text};
+use dtloop_proto::message::{HandshakeOption, Hello, OPTION_CHAIN, Refuse, Welcome, bounded_text};
 use dtloop_proto::{Code, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
@@ -278,7 +279,7 @@ fn welcome(
         lost_from: entered.lost.0,
         lost_last: entered.lost.1,
         volumes: entered.volumes,
-        options: vec![],
+        options: chain_option(entered.link),
     };
     let mut out = vec![];
     frame::encode_message(&mut out, 0, 0, &Message::Welcome(welcome))?;
@@ -290,6 +291,11 @@ fn welcome(
         "Set \"{set}\" is connected; it goes on at record {}.",
         writer.sequence.next()
     );
+    // Comes behind everything that was there before, and before what this connection brings.
+    writer
+        .commands
+        .send(Command::Welcomed)
+        .map_err(|_| gone())?;
     let spare = writer.stash.take();
     Ok(Session {
         id,
@@ -298,6 +304,15 @@ fn welcome(
         unparsed: false,
         spare,
     })
+}
+
+/// Everything received is applied when a source is welcomed, so the link is that of the last durable record.
+fn chain_option(link: Option<Link>) -> Vec<HandshakeOption> {
+    let option = |link: Link| HandshakeOption {
+        key: OPTION_CHAIN,
+        value: link.to_vec(),
+    };
+    link.map(option).into_iter().collect()
 }
 
 struct Session {

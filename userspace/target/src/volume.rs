@@ -5,14 +5,16 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dtloop_core::binding::Refusal;
+use dtloop_core::identity::{Pending, VolumeIdentity, examine};
 use dtloop_proto::Code;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag, fallocate};
 
 use crate::config::VolumeConfig;
+use crate::guard::Guard;
 
 /// Longest piece of zeroes written where the file system cannot make a hole.
 const ZERO_BYTES: usize = 64 << 10;
@@ -22,8 +24,10 @@ const ZERO_BYTES: usize = 64 << 10;
 pub struct Volume {
     name: String,
     file: Flock<File>,
+    path: PathBuf,
     bytes: u64,
     dirty: bool,
+    guard: Guard,
 }
 
 fn refuse(code: Code, name: &str, path: &Path, what: &str) -> Refusal {
@@ -121,16 +125,57 @@ impl Volume {
                 },
             )?;
         let mut bytes = (&*file).seek(SeekFrom::End(0)).map_err(io)?;
-        if let Some(size) = config.size.filter(|size| !is_device && bytes < size.0) {
+        let larger = config.size.filter(|size| !is_device && bytes < size.0);
+        let guard = Guard::new(&file, larger.map_or(bytes, |size| size.0)).map_err(io)?;
+        if let Some(size) = larger {
             file.set_len(size.0).map_err(io)?;
             bytes = size.0;
         }
         Ok(Self {
             name: name.clone(),
+            path: path.clone(),
             file,
             bytes,
             dirty: false,
+            guard,
         })
+    }
+
+    /// Whether it is the volume that is known, as it was left. To be asked before it is written to; it looks once.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be told to the source.
+    pub fn examine(
+        &mut self,
+        known: Option<&VolumeIdentity>,
+        pending: &dyn Pending,
+    ) -> Result<(), Refusal> {
+        if let Some(known) = known.filter(|_| !self.guard.is_examined) {
+            let found = self.guard.found(&self.file, self.bytes, known);
+            let place = self.path.display().to_string();
+            examine(known, &found, pending, &self.name, &place)?;
+        }
+        if !self.guard.is_examined {
+            self.guard.is_examined = true;
+            self.guard.on_written(&self.file);
+        }
+        Ok(())
+    }
+
+    /// What it is known by from here on. Meant for checkpoints, when it is durable.
+    pub fn identity(&mut self) -> VolumeIdentity {
+        self.guard.identity(&self.file, self.bytes)
+    }
+
+    /// Whether somebody else wrote to it since this program last did, as far as that can be told.
+    pub fn is_disturbed(&mut self) -> bool {
+        self.guard.is_disturbed(&self.file)
+    }
+
+    /// This program has written, and stops for now.
+    pub fn settle(&mut self) {
+        self.guard.on_written(&self.file);
     }
 
     /// Its name.
@@ -152,6 +197,7 @@ impl Volume {
     /// Those of the file or device.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.dirty = true;
+        self.guard.on_change(offset, data.len() as u64);
         self.file.write_all_at(data, offset)
     }
 
@@ -165,6 +211,7 @@ impl Volume {
             return Ok(());
         }
         self.dirty = true;
+        self.guard.on_change(offset, bytes);
         // For a block device the kernel turns both into its own write-zeroes.
         for flags in [
             FallocateFlags::FALLOC_FL_PUNCH_HOLE,

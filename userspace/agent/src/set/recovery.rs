@@ -109,7 +109,8 @@ impl Worker {
             let position = session.core.next_to_send();
             let marker = Message::Marker(Marker::Covered { device: id });
             session.outbox.message(session.id, position, &marker)?;
-            self.lost.get_or_insert((position, position));
+            let last = position.saturating_sub(1);
+            self.lost.get_or_insert((last.max(1), last));
             covered.push(id);
         }
         if !covered.is_empty() {

@@ -3,9 +3,10 @@
 //! What the set's thread shares with the control socket.
 
 use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use dtloop_api::Failure;
@@ -53,6 +54,7 @@ pub struct SetShared {
     pub(super) changed: Condvar,
     pub(super) watchers: AtomicUsize,
     stop: AtomicBool,
+    verify_log: OnceLock<PathBuf>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -73,7 +75,20 @@ impl SetShared {
             changed: Condvar::new(),
             watchers: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
+            verify_log: OnceLock::new(),
         })
+    }
+
+    /// Says where the log of verifications is.
+    pub(super) fn set_verify_log(&self, path: &Path) {
+        // There is one thread of a set, which says it once.
+        let _ = self.verify_log.set(path.to_owned());
+    }
+
+    /// Where the log of verifications is.
+    #[must_use]
+    pub fn verify_log(&self) -> Option<&Path> {
+        self.verify_log.get().map(PathBuf::as_path)
     }
 
     /// Asks the thread for something.

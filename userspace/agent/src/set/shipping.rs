@@ -54,8 +54,14 @@ impl Worker {
             session.link.receive()?;
             self.take_messages(stream, session)?;
             self.release(stream, session)?;
+            if std::mem::take(&mut self.renew_chain) {
+                let reason = "the hash chain begins anew";
+                return Err(LinkError::Io(std::io::Error::other(reason)).into());
+            }
             self.tend_intents(stream, session)?;
+            self.tend_timetable(stream);
             let waits = self.drive(stream, session)?;
+            self.prove(session)?;
             self.restore_order(session.core.ack().applied_seq);
             if self.send_records(stream, session)? {
                 quiet = false;
@@ -95,6 +101,8 @@ impl Worker {
                 sent.time_ns = record.desc.time_ns;
             }
             self.after_record(&shipped);
+            let (kind, content) = shipped.form.parts(&shipped.body, record.payload);
+            self.on_content(seq, kind, &shipped.body, content);
             sent.bytes += record.payload.len() as u64;
             seq += 1;
         }
@@ -189,6 +197,7 @@ impl Worker {
                     desc.device
                 );
             }
+            self.verifier.outside.on_loss(desc.seq);
             self.resync.on_loss();
         }
     }
@@ -207,7 +216,7 @@ impl Worker {
     }
 
     pub(super) fn after_record(&mut self, shipped: &Shipped) {
-        let Shipped { desc, body } = shipped;
+        let Shipped { desc, body, .. } = shipped;
         if body.op == Op::Sync {
             let failed = !body.is_committed();
             let sectors = u64::from(desc.sectors);
@@ -227,6 +236,7 @@ impl Worker {
         } else if body.loses_order() {
             let (from, last) = self.lost.unwrap_or((desc.seq, desc.seq));
             self.lost = Some((from, last.max(desc.seq)));
+            self.verifier.outside.on_loss(desc.seq);
             self.resync.on_loss();
         }
     }
@@ -238,6 +248,8 @@ impl Worker {
     ) -> Result<(), End> {
         let ring = stream.ring();
         if session.core.releasable() > ring.released() {
+            self.chain
+                .keep(self.memory.stream_uuid, session.core.releasable() - 1);
             ring.release(session.core.releasable())?;
             if ring.space_wanted() {
                 stream.kick()?;
@@ -266,17 +278,11 @@ impl Worker {
                     if let Some(planner) = &mut self.planner {
                         planner.on_durable(ack.durable_seq);
                     }
+                    self.log_findings(None);
                 }
-                Message::Verified(verified) => {
-                    let differing: Vec<u64> = verified
-                        .mismatches
-                        .iter()
-                        .map(|mismatch| mismatch.seq)
-                        .collect();
-                    if let Some(planner) = &mut self.planner {
-                        planner.on_verified(verified.through_seq, &differing);
-                    }
-                }
+                Message::Verified(verified) => self.on_verified(&verified),
+                Message::Proof(proof) => self.on_proof(&proof),
+                Message::Alarm(alarm) => self.on_target_alarm(&alarm),
                 Message::Volumes(volumes) => {
                     self.reports = volumes.volumes;
                     for report in self.reports.iter().filter(|report| report.code != Code::OK) {

@@ -11,6 +11,7 @@ mod jobs;
 mod progress;
 mod resize;
 mod status;
+mod verify_log;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

@@ -27,7 +27,9 @@ use dtloop_agent::config::{SetConfig, TransportKind};
 use dtloop_agent::control::{self, Sets};
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::Streams;
+use dtloop_agent::verify_config::VerifyConfig;
 use dtloop_api::{Client, ClientError, Connection, Failure, Outcome, Request, SetStatus};
+use dtloop_core::replica::SetMemory;
 use dtloop_target::applier::Saved;
 use dtloop_target::config::Config;
 use dtloop_target::server::Server;
@@ -74,6 +76,8 @@ pub struct Lab {
     sectors: u64,
     /// Size of the target's journal and of its segments.
     pub journal_bytes: (u64, u64),
+    /// When the set is verified by itself.
+    pub verify: Option<VerifyConfig>,
 }
 
 impl Lab {
@@ -87,6 +91,7 @@ impl Lab {
             device,
             sectors,
             journal_bytes: (64 << 20, 16 << 20),
+            verify: None,
         };
         lab.set_image_sectors(sectors);
         lab
@@ -96,6 +101,7 @@ impl Lab {
         self.renew_stream_as(*b"another stream!!");
     }
 
+    /// The module was loaded anew.
     pub fn renew_stream_as(&mut self, uuid: [u8; 16]) {
         let content = self.stream.content(self.device);
         self.stream = FakeStream::new("db", 4 << 20, 1024).with_uuid(uuid);
@@ -107,7 +113,22 @@ impl Lab {
         self.dir.path().join("target")
     }
 
-    fn image(&self) -> PathBuf {
+    pub fn agent_dir(&self) -> PathBuf {
+        self.dir.path().join("agent")
+    }
+
+    /// A machine with a copy of this one's disks, and another stream.
+    pub fn clone_source(&self, uuid: [u8; 16]) -> Self {
+        let mut clone = Self::new(self.sectors);
+        clone
+            .stream
+            .set_content(clone.device, &self.stream.content(self.device));
+        clone.renew_stream_as(uuid);
+        copy_dir(&self.agent_dir(), &clone.agent_dir());
+        clone
+    }
+
+    pub fn image(&self) -> PathBuf {
         self.dir.path().join("vol.img")
     }
 
@@ -176,6 +197,8 @@ impl Lab {
             target: address.to_string(),
             transport: TransportKind::Plaintext,
             retry_ms_max: 100,
+            chain: true,
+            verify: self.verify.clone(),
         };
         let shared = Arc::new(SetShared::new(&config).unwrap());
         let streams = Arc::new(OneStream(Mutex::new(self.stream.clone())));
@@ -272,6 +295,17 @@ impl Lab {
         );
     }
 
+    /// What the agent remembers. It must not run when it is stored.
+    pub fn agent_memory(&self) -> SetMemory {
+        dtloop_store::load(&self.dir.path().join("agent/db.set"))
+            .unwrap()
+            .unwrap()
+    }
+
+    pub fn store_agent_memory(&self, memory: &SetMemory) {
+        dtloop_store::store(&self.dir.path().join("agent/db.set"), memory).unwrap();
+    }
+
     pub fn saved_dir(&self) -> PathBuf {
         let sets = std::fs::read_dir(self.target_dir().join("sets")).unwrap();
         sets.map(|entry| entry.unwrap().path())
@@ -283,6 +317,15 @@ impl Lab {
         dtloop_store::load(&self.saved_dir().join("state"))
             .unwrap()
             .unwrap()
+    }
+}
+
+/// The files of a directory.
+pub fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
 }
 
