@@ -2,6 +2,7 @@
 
 //! Stories played on test machines. One file per subject; `tests/README.md` says how to write and run one.
 
+mod assurance;
 mod boot;
 mod command_refusals;
 mod fault_clock;

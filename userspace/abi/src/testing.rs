@@ -79,6 +79,7 @@ struct Device {
     label: Name,
     content: Vec<u8>,
     dirty: BTreeSet<u64>,
+    bypass_sectors: u64,
     /// Regions, marked and suspect.
     marked: BTreeSet<u64>,
     suspect: BTreeSet<u64>,
@@ -176,6 +177,7 @@ impl FakeStream {
             label: Name::new_or_empty(label).expect("a legal label"),
             content: vec![0; bytes],
             dirty: BTreeSet::new(),
+            bypass_sectors: 0,
             marked: BTreeSet::new(),
             suspect: BTreeSet::new(),
             found: raw::FOUND_NONE,
@@ -242,6 +244,19 @@ impl FakeStream {
         let mut model = self.model();
         let device = model.devices.get_mut(&device).expect("a device");
         device.content.copy_from_slice(content);
+    }
+
+    /// Somebody writes to the backing device, past the module, which only counts the sectors.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such device or it is smaller.
+    pub fn bypass(&self, device: u32, start_sector: u64, payload: &[u8]) {
+        let mut model = self.model();
+        let device = model.devices.get_mut(&device).expect("a device");
+        let start = usize::try_from(start_sector * raw::SECTOR_BYTES).expect("a small device");
+        device.content[start..start + payload.len()].copy_from_slice(payload);
+        device.bypass_sectors += payload.len() as u64 / raw::SECTOR_BYTES;
     }
 
     /// What the device holds.
@@ -568,6 +583,7 @@ impl CaptureStream for FakeStream {
             block_bytes: 512,
             dirty_block_bytes: 4096,
             dirty_blocks: device.dirty.len() as u64,
+            bypass_sectors: device.bypass_sectors,
             intent_found: device.found,
             regions_marked: device.marked.len() as u64,
             regions_suspect: device.suspect.len() as u64,

@@ -13,6 +13,8 @@ use dtloop_core::size::Size;
 use serde::Deserialize;
 pub use shaping::{Bandwidth, Compression, RateMax};
 
+use crate::verify_config::VerifyConfig;
+
 /// Where the configuration is.
 pub const CONFIG_PATH: &str = "/etc/DT/dtloop.toml";
 
@@ -118,6 +120,12 @@ pub struct SetConfig {
     /// Its disk queue, if it has one.
     #[serde(default)]
     pub queue: Option<QueueConfig>,
+    /// Both sides compute the hash chain over the records.
+    #[serde(default = "default_chain")]
+    pub chain: bool,
+    /// When the set is verified by itself.
+    #[serde(default)]
+    pub verify: Option<VerifyConfig>,
 }
 
 impl SetConfig {
@@ -161,6 +169,10 @@ fn default_segment_size() -> Size {
 
 fn default_start_at() -> u8 {
     50
+}
+
+fn default_chain() -> bool {
+    true
 }
 
 fn default_state_dir() -> PathBuf {

@@ -17,7 +17,9 @@ use dtloop_api::{
     Failure, FailureCode, LineError, MirrorKind, Outcome, Progress, REPLY_BYTES_MAX,
     REQUEST_BYTES_MAX, Reply, Request, Status, WaitProgress, WaitResult, read_line, write_line,
 };
-use dtloop_core::mirror::JobKind;
+use dtloop_core::mirror::{DeviceJob, JobKind};
+use dtloop_disk::RealDisk;
+use dtloop_store::log::Log;
 
 use crate::set::{Command, SetShared};
 use crate::snapshot::{Snapshot, ms, unix_ms};
@@ -182,6 +184,7 @@ fn carry_out(sets: &Sets, request: Request, answer: &mut Answer<'_>) -> Done {
             let result = ask(set!(set), |reply| Command::InPlace { reply });
             Ok(result.map(|_| Outcome::Ok))
         }
+        Request::VerifyLog { set, most } => Ok(verify_log(set!(set), most)),
         Request::Wait { set, timeout_ms } => wait(set!(set), timeout_ms, answer),
     }
 }
@@ -204,6 +207,22 @@ fn status(sets: &Sets, name: Option<&str>) -> Result<Outcome, Failure> {
             .map(|(_, shared)| shared.next_snapshot(PROGRESS_EVERY).status)
             .collect(),
     }))
+}
+
+/// Most differing extents in one answer.
+const EXTENTS_IN_ANSWER: usize = 20_000;
+
+/// Most lines of the log in one answer: about half of what an answer may have.
+const LOG_LINES_MAX: usize = 4000;
+
+fn verify_log(set: &SetShared, most: usize) -> Result<Outcome, Failure> {
+    let read = |path: &Path| Log::read(&RealDisk, path, most.min(LOG_LINES_MAX));
+    let entries = set.verify_log().map_or(Ok(vec![]), read);
+    let failed = |error| {
+        let message = format!("The log of verifications cannot be read: {error}.");
+        Failure::new(FailureCode::Internal, message)
+    };
+    entries.map(Outcome::VerifyLog).map_err(failed)
 }
 
 fn ask<T>(
@@ -284,11 +303,14 @@ fn follow_job(set: &SetShared, id: u64, follow: bool, answer: &mut Answer<'_>) -
                         .collect(),
                 )
             } else {
-                Outcome::Verify(
-                    items
-                        .map(|item| job.verify_result(item, number(item.device)))
-                        .collect(),
-                )
+                // All of them in one answer; more is in the log.
+                let most = EXTENTS_IN_ANSWER / job.state.devices.len().max(1);
+                let result = |item: &DeviceJob| {
+                    let mut result = job.verify_result(item, number(item.device));
+                    result.extents.truncate(most);
+                    result
+                };
+                Outcome::Verify(items.map(result).collect())
             }));
         }
         if reported.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {

@@ -15,9 +15,11 @@
 
 #![forbid(unsafe_code)]
 
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod link;
+pub mod machine;
 pub mod pairing;
 pub mod queue;
 pub mod set;
@@ -33,3 +35,4 @@ pub mod streams;
 pub fn software() -> String {
     concat!("dtagent ", env!("CARGO_PKG_VERSION")).to_owned()
 }
+pub mod verify_config;

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::{Parser, Subcommand};
 use dtloop_agent::config::{CONFIG_PATH, Config};
 use dtloop_agent::control::{self, Sets};
+use dtloop_agent::machine::{self, Machine};
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::{KernelStreams, Streams};
 use nix::fcntl::{Flock, FlockArg};
@@ -43,6 +44,19 @@ enum Command {
     Run,
     /// Read the configuration and say what is wrong with it.
     CheckConfig,
+    /// Who this source is, when its disk was moved or copied. Stop dtagent first.
+    #[command(subcommand)]
+    Identity(Identity),
+}
+
+#[derive(Subcommand)]
+enum Identity {
+    /// Say who it is.
+    Show,
+    /// The source was moved to this machine: it stays who it is.
+    Keep,
+    /// This is a copy of a source: it becomes one of its own, and its devices need volumes of their own.
+    Renew,
 }
 
 fn main() -> ExitCode {
@@ -71,7 +85,7 @@ fn run(cli: &Cli) -> Result<()> {
     if let Some(socket) = &cli.socket {
         config.socket.clone_from(socket);
     }
-    match cli.command {
+    match &cli.command {
         Some(Command::CheckConfig) => {
             println!(
                 "{} is usable: {} sets.",
@@ -80,8 +94,36 @@ fn run(cli: &Cli) -> Result<()> {
             );
             Ok(())
         }
+        Some(Command::Identity(command)) => identity(&config.state_dir, command),
         None | Some(Command::Run) => serve(&config),
     }
+}
+
+fn identity(dir: &Path, command: &Identity) -> Result<()> {
+    let machine = Machine::look(Path::new("/"));
+    let _lock = lock(dir)?;
+    match command {
+        Identity::Show => println!("{}", machine::claim(dir, machine)?),
+        Identity::Keep => println!("This machine is source {}.", machine::keep(dir, &machine)?),
+        Identity::Renew => println!(
+            "This machine is source {} now, and paired with nobody. Attach its devices with names of volumes of their own, and pair it with dtloop pair.",
+            machine::renew(dir, &machine)?
+        ),
+    }
+    Ok(())
+}
+
+/// One process at a time uses the state.
+fn lock(dir: &Path) -> Result<Flock<File>> {
+    fs::create_dir_all(dir).with_context(|| format!("Cannot make {}", dir.display()))?;
+    let lock =
+        File::create(dir.join("lock")).with_context(|| format!("Cannot use {}", dir.display()))?;
+    Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| {
+        anyhow!(
+            "{} is in use by another dtagent; stop that first",
+            dir.display()
+        )
+    })
 }
 
 fn serve(config: &Config) -> Result<()> {
@@ -95,16 +137,8 @@ fn serve(config: &Config) -> Result<()> {
         );
     }
     let dir = &config.state_dir;
-    fs::create_dir_all(dir).with_context(|| format!("Cannot make {}", dir.display()))?;
-    let lock =
-        File::create(dir.join("lock")).with_context(|| format!("Cannot use {}", dir.display()))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| {
-        anyhow!(
-            "{} is in use by another dtagent; stop that first",
-            dir.display()
-        )
-    })?;
-    let source_id = dtloop_store::identity(&dir.join("source-id"))?;
+    let _lock = lock(dir)?;
+    let source_id = machine::claim(dir, Machine::look(Path::new("/")))?;
     let listener = control::listen(&config.socket)?;
     let streams: Arc<dyn Streams> = Arc::new(KernelStreams);
     let (mut sets, mut threads) = (BTreeMap::new(), vec![]);
@@ -117,6 +151,10 @@ fn serve(config: &Config) -> Result<()> {
             Arc::clone(&streams),
             Arc::clone(&shared),
         )?;
+        let worker = match config.socket.parent() {
+            Some(run_dir) => worker.with_run_dir(run_dir),
+            None => worker,
+        };
         let thread = std::thread::Builder::new().name(format!("set {}", set.name));
         threads.push(thread.spawn(move || worker.run())?);
         sets.insert(set.name.clone(), shared);

@@ -12,6 +12,7 @@
 //! `dtloop` and the reads of mirrors are taken in turn.
 
 mod jobs;
+mod proof;
 mod queueing;
 mod recovery;
 mod requests;
@@ -19,6 +20,8 @@ mod shared;
 mod shipping;
 mod staging;
 mod status;
+mod verify;
+mod watch;
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -92,6 +95,8 @@ const RATES_EVERY_MS: u64 = 2000;
 /// Pause of a resync after the source could not read its device.
 const RESYNC_RETRY: Duration = Duration::from_secs(1);
 
+/// Why a job ended that an operator stopped.
+const STOPPED: &str = "An operator stopped it";
 /// How often the kernel is told what the target has, for its intent map.
 const INTENT_EVERY: Duration = Duration::from_secs(1);
 
@@ -200,6 +205,10 @@ pub struct Worker {
     /// Version of the intent file that the target was told.
     intent_told: u64,
     last_verify: Vec<dtloop_api::VerifyResult>,
+    chain: proof::ChainKeeper,
+    /// The chain begins anew with a new connection, which is to be made.
+    renew_chain: bool,
+    verifier: verify::Verifier,
     last_recovery: Vec<dtloop_api::Recovery>,
     lost: Option<(u64, u64)>,
     /// What makes the copy whole was sent below this record: until the target has applied it, the copy is not.
@@ -241,6 +250,9 @@ impl Worker {
     ) -> Result<Self, dtloop_store::StateFileError> {
         let path = state_dir.join(format!("{}.set", config.name));
         let memory: SetMemory = dtloop_store::load(&path)?.unwrap_or_default();
+        let last_verify = dtloop_store::load(&path.with_extension("verified"))?.unwrap_or_default();
+        let log_path = path.with_extension("verify.log");
+        shared.set_verify_log(&log_path);
         let last_recovery = memory
             .job
             .iter()
@@ -262,6 +274,9 @@ impl Worker {
             streams,
             source_id,
             vault: Vault::new(state_dir),
+            chain: proof::ChainKeeper::new(path.with_extension("chain")),
+            renew_chain: false,
+            verifier: verify::Verifier::new(log_path),
             path,
             persisted: memory.clone(),
             memory,
@@ -272,12 +287,12 @@ impl Worker {
             resync_after: None,
             devices: vec![],
             reports: vec![],
+            last_verify,
             past: Past::default(),
             region_sectors: 0,
             settled: None,
             intents_tended: now,
             intent_told: 0,
-            last_verify: vec![],
             last_recovery,
             lost: None,
             whole_at: 0,
@@ -411,9 +426,11 @@ impl Worker {
 
     fn refresh_devices(&mut self, stream: &dyn CaptureStream) -> Result<(), End> {
         self.devices = stream.devices()?;
+        let devices = self.devices.clone();
         for offer in self.offers() {
             self.memory.enter_device(&offer);
         }
+        self.watch(&devices);
         self.set_resync_devices();
         Ok(())
     }
@@ -504,6 +521,7 @@ impl Worker {
                 self.config.name
             );
         }
+        self.chain.load(uuid);
         self.refresh_devices(stream)?;
         self.watch_intents(stream)?;
         self.settled = None;
@@ -543,6 +561,8 @@ impl Worker {
             watcher,
         )?;
         let (first_seq, next_seq) = (self.first_seq(stream), stream.ring().next_seq());
+        let mut options = self.past_options();
+        options.extend(self.hello_options());
         let hello = Hello {
             version_min: dtloop_proto::VERSION_MIN,
             version_max: dtloop_proto::VERSION_MAX,
@@ -554,7 +574,7 @@ impl Worker {
             first_seq,
             next_seq,
             devices: self.offers(),
-            options: self.hello_options(),
+            options,
         };
         let mut outbox = Outbox::default();
         outbox.message(0, 0, &Message::Hello(hello))?;
@@ -580,6 +600,9 @@ impl Worker {
             pinged: now,
             batches: VecDeque::new(),
         };
+        let next = session.core.next_to_send();
+        self.begin_comparing(next);
+        self.resume_chain(stream, &welcome, resumed, next - 1)?;
         self.past = past;
         self.shaper.begin_session(&welcome.options);
         // Before anything can queue up: its answer tells how far the target is away.
@@ -769,6 +792,7 @@ impl Worker {
         devices: Vec<DeviceJob>,
         reason: String,
     ) -> u64 {
+        self.suspend_scheduled();
         let id = self.memory.next_job_id();
         let state = JobState {
             id,
@@ -778,6 +802,8 @@ impl Worker {
             paused: false,
             failed: None,
         };
+        self.memory.scheduled = false;
+        self.log_begin(&state);
         self.job = Some(JobView::new(state.clone(), stream.ring().next_seq()));
         self.memory.job = Some(state.clone());
         self.planner = Some(Planner::new(state));

@@ -45,6 +45,43 @@ pub enum ShipError {
     },
 }
 
+/// The form in which a record travels. The same record always has the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// With its payload, if it has one.
+    Data,
+    /// Its payload is all zero.
+    Zeroes,
+    /// As the hash of its payload.
+    Hash([u8; dtloop_proto::limits::HASH_BYTES]),
+}
+
+impl Form {
+    /// The form of a record with that payload.
+    #[must_use]
+    pub fn of(desc: &raw::Desc, body: &RecordBody, payload: &[u8]) -> Self {
+        let is_sync = body.op == Op::Sync && body.is_committed();
+        if is_sync && is_hash_cookie(desc.aux) {
+            Self::Hash(*blake3::hash(payload).as_bytes())
+        } else if is_sync && is_zero(payload) {
+            Self::Zeroes
+        } else {
+            Self::Data
+        }
+    }
+
+    /// What of the record is in the frame, and in the hash chain.
+    #[must_use]
+    pub fn parts<'a>(&'a self, body: &RecordBody, payload: &'a [u8]) -> (RecordKind, &'a [u8]) {
+        match self {
+            Self::Hash(hash) => (RecordKind::Hash, hash),
+            Self::Zeroes => (RecordKind::Zeroes, &[]),
+            Self::Data if body.has_payload() => (RecordKind::Data, payload),
+            Self::Data => (RecordKind::Data, &[]),
+        }
+    }
+}
+
 /// What goes onto the wire next. Buffers are kept from batch to batch.
 #[derive(Debug, Default)]
 pub struct Outbox {
@@ -137,7 +174,7 @@ impl Outbox {
         self.control
     }
 
-    /// Adds a record.
+    /// Adds a record; gives the form in which it travels.
     ///
     /// # Errors
     ///
@@ -147,39 +184,23 @@ impl Outbox {
         session: u64,
         desc: &raw::Desc,
         payload: &[u8],
-    ) -> Result<(), ShipError> {
+    ) -> Result<Form, ShipError> {
         let body = body_of(desc)?;
         let refused = |error: FrameError| ShipError::Record {
             seq: desc.seq,
             reason: error.to_string(),
         };
+        let form = Form::of(desc, &body, payload);
+        let (kind, content) = form.parts(&body, payload);
         let out = &mut self.scratch;
-        let is_sync = body.op == Op::Sync && body.is_committed();
-        if is_sync && is_hash_cookie(desc.aux) {
-            let hash = blake3::hash(payload);
-            frame::encode_record(
-                out,
-                session,
-                desc.seq,
-                RecordKind::Hash,
-                &body,
-                hash.as_bytes(),
-            )
-            .map_err(refused)?;
-            out.extend_from_slice(hash.as_bytes());
-        } else if is_sync && is_zero(payload) {
-            frame::encode_record(out, session, desc.seq, RecordKind::Zeroes, &body, &[])
-                .map_err(refused)?;
-        } else {
-            let payload = if body.has_payload() { payload } else { &[] };
-            frame::encode_record(out, session, desc.seq, RecordKind::Data, &body, payload)
-                .map_err(refused)?;
-            if !payload.is_empty() {
-                self.pieces.push((self.scratch.len(), Some(desc.seq)));
-                self.payload_bytes += payload.len();
-            }
+        frame::encode_record(out, session, desc.seq, kind, &body, content).map_err(refused)?;
+        if kind == RecordKind::Hash {
+            out.extend_from_slice(content);
+        } else if !content.is_empty() {
+            self.pieces.push((self.scratch.len(), Some(desc.seq)));
+            self.payload_bytes += content.len();
         }
-        Ok(())
+        Ok(form)
     }
 
     /// Adds a record that was read back from the disk queue: its frame as it was written there, under this session.

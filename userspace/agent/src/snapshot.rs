@@ -102,6 +102,8 @@ impl JobView {
         let extent = |range: &dtloop_core::mirror::Range| ByteRange {
             start: range.start * SECTOR_BYTES,
             bytes: range.sectors * SECTOR_BYTES,
+            first_seq: range.first_seq,
+            last_seq: range.last_seq,
         };
         let complete = device.is_done();
         VerifyResult {
@@ -245,6 +247,8 @@ impl Snapshot {
                 ladder: dtloop_api::Ladder::default(),
                 queue: None,
                 staging: None,
+                proven: None,
+                verify_schedule: None,
                 devices: vec![],
             },
             job: None,

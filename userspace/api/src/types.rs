@@ -78,6 +78,13 @@ pub enum Request {
         /// The set.
         set: String,
     },
+    /// What verifications found, the newest entries. Answered by [`Outcome::VerifyLog`].
+    VerifyLog {
+        /// The set.
+        set: String,
+        /// Most entries.
+        most: usize,
+    },
     /// Wait until the target has applied everything written before the request. Answered by
     /// [`Outcome::Wait`], or [`FailureCode::TimedOut`].
     Wait {
@@ -212,6 +219,8 @@ pub enum Outcome {
     Mirror(Vec<MirrorResult>),
     /// A verification has ended on all its devices.
     Verify(Vec<VerifyResult>),
+    /// Answer to [`Request::VerifyLog`], oldest first.
+    VerifyLog(Vec<VerifyEntry>),
     /// Answer to [`Request::Wait`].
     Wait(WaitResult),
     /// Answer to [`Request::Bandwidth`].
@@ -270,8 +279,8 @@ pub struct VerifyResult {
 }
 
 impl VerifyResult {
-    /// Most extents that are listed: enough to see a pattern, few enough for one screen.
-    pub const EXTENTS_MAX: usize = 16;
+    /// Most extents that are listed: a damaged disk has more, and they are all in the log.
+    pub const EXTENTS_MAX: usize = 1000;
 
     /// True when all was compared and nothing differs any more.
     #[must_use]
@@ -287,6 +296,116 @@ pub struct ByteRange {
     pub start: u64,
     /// Its length.
     pub bytes: u64,
+    /// Its first part was compared at this record.
+    #[serde(default)]
+    pub first_seq: u64,
+    /// Its last part was compared at this record.
+    #[serde(default)]
+    pub last_seq: u64,
+}
+
+/// What happened in a verification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VerifyEvent {
+    /// It began.
+    Begins,
+    /// A range differs.
+    Differs,
+    /// The range was sent again.
+    Repaired,
+    /// Compared again after the repair, the range is equal.
+    Confirmed,
+    /// It compared everything, and nothing differs any more.
+    Identical,
+    /// It compared everything, and something differs.
+    EndsDifferent,
+    /// It ended before its time.
+    EndsEarly,
+}
+
+/// A line of the log of verifications.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyEntry {
+    /// When, milliseconds since 1970-01-01 UTC.
+    pub unix_ms: u64,
+    /// Number of the job; 0 on the target, which does not know it.
+    pub job: u64,
+    /// What happened.
+    pub event: VerifyEvent,
+    /// The volume.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub label: String,
+    /// First byte of the range.
+    #[serde(default)]
+    pub start: u64,
+    /// Length of the range; at an end, bytes compared.
+    #[serde(default)]
+    pub bytes: u64,
+    /// The record at which it was compared or sent.
+    #[serde(default)]
+    pub seq: u64,
+    /// blake3 of the source's data at that record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// blake3 of the target's data at that record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// For people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub text: String,
+}
+
+impl VerifyEntry {
+    /// An entry that says nothing more.
+    #[must_use]
+    pub const fn new(unix_ms: u64, job: u64, event: VerifyEvent) -> Self {
+        Self {
+            unix_ms,
+            job,
+            event,
+            label: String::new(),
+            start: 0,
+            bytes: 0,
+            seq: 0,
+            source: None,
+            target: None,
+            text: String::new(),
+        }
+    }
+}
+
+/// Both sides went through the same sequence of records up to here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProofStatus {
+    /// The last record.
+    pub seq: u64,
+    /// When that was found, milliseconds since 1970-01-01 UTC.
+    pub unix_ms: u64,
+    /// The chain is unbroken since this record.
+    pub since_seq: u64,
+}
+
+/// When a set is verified by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifySchedule {
+    /// For people: "every 1week, between 22:00 and 06:00".
+    pub text: String,
+    /// The interval is counted from here, milliseconds since 1970-01-01 UTC; 0: the plan has not been looked at.
+    pub last_unix_ms: u64,
+    /// It is under way.
+    pub under_way: bool,
+    /// It made way for something else and goes on later.
+    pub suspended: bool,
+}
+
+/// Why a copy must be verified.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AlarmStatus {
+    /// Since when that is known, milliseconds since 1970-01-01 UTC.
+    pub since_unix_ms: u64,
+    /// For people.
+    pub text: String,
 }
 
 /// Answer to [`Request::Wait`].
@@ -361,6 +480,12 @@ pub struct SetStatus {
     /// What the target keeps beside its volumes; none: nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub staging: Option<StagingStatus>,
+    /// Up to where both sides proved that they went through the same records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proven: Option<ProofStatus>,
+    /// When the set is verified by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify_schedule: Option<VerifySchedule>,
     /// The devices, by loop number.
     pub devices: Vec<DeviceStatus>,
 }
@@ -544,6 +669,9 @@ pub struct DeviceStatus {
     /// What the last verification found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_verify: Option<VerifyResult>,
+    /// Why the copy must be verified.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<AlarmStatus>,
     /// What the last crash cost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_recovery: Option<Recovery>,
@@ -595,7 +723,13 @@ pub enum DeviceState {
     },
     /// The copy is the device at one point of its write order.
     InSync,
-    /// The same, while it is being compared.
+    /// Something was noticed, in `alarm`, for which the copy must be verified.
+    VerifyNeeded {
+        /// How far that is, if it is under way.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pass: Option<Pass>,
+    },
+    /// In sync, while it is being compared.
     Verifying {
         /// How far.
         pass: Pass,
@@ -622,6 +756,7 @@ impl DeviceState {
             Self::Mirroring { .. } => "mirroring",
             Self::Resyncing { .. } => "resyncing",
             Self::InSync => "in sync",
+            Self::VerifyNeeded { .. } => "verify needed",
             Self::Verifying { .. } => "verifying",
             Self::OrderLost { .. } => "order lost",
             Self::Error => "error",
@@ -635,6 +770,7 @@ impl DeviceState {
             Self::Mirroring { pass, .. } | Self::Resyncing { pass } | Self::Verifying { pass } => {
                 Some(pass)
             }
+            Self::VerifyNeeded { pass } => pass.as_ref(),
             _ => None,
         }
     }

@@ -293,9 +293,15 @@ pub(crate) enum Mirror {
 pub(crate) struct Verify {
     #[command(flatten)]
     pub(crate) selection: Selection,
-    /// Send again what differs
+    /// Send again what differs, and compare it once more
     #[arg(long)]
     pub(crate) repair: bool,
+    /// Show what verifications found, instead: the newest entries of the set's log
+    #[arg(long, conflicts_with_all = ["repair", "background", "devices"])]
+    pub(crate) log: bool,
+    /// So many of them
+    #[arg(long, value_name = "N", default_value_t = 100, requires = "log")]
+    pub(crate) most: usize,
     /// Return at once; dtloop status shows the result
     #[arg(long)]
     pub(crate) background: bool,

@@ -11,6 +11,7 @@
 //! - `exit`: exit codes.
 
 mod args;
+mod clock;
 mod commands;
 mod exit;
 mod output;

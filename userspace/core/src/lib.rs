@@ -19,21 +19,29 @@
 //! | source | [`schedule`], [`rate`] | how many bytes may be sent when |
 //! | source | [`adaptive`] | whether batches are compressed, and how |
 //! | source | [`pace`] | how far mirror and resync yield to live changes |
+//! | source | [`alarm`], [`outside`] | when a copy must be verified, and when a difference is one |
+//! | source | [`timetable`] | when a verification is due |
+//! | both | [`chain`] | the hash chain over the records |
 //! | target | [`sequence`] | whether a record is the next one, a duplicate, or a hole before it |
 //! | target | [`set`] | what the volumes of a set are worth; admission of a source |
 //! | target | [`apply`] | what a record does to a volume |
 //! | target | [`binding`] | whom a volume belongs to |
+//! | target | [`identity`] | whether a volume is the one that was left, as it was left |
 //! | target | [`overlay`] | which blocks of a volume are staged, and how that is written down |
 //! | target | [`parallel`] | which records may be applied at the same time |
 
 #![forbid(unsafe_code)]
 
 pub mod adaptive;
+pub mod alarm;
 pub mod apply;
 pub mod binding;
+pub mod chain;
 pub mod coverage;
+pub mod identity;
 pub mod ladder;
 pub mod mirror;
+pub mod outside;
 pub mod overlay;
 pub mod pace;
 pub mod parallel;
@@ -46,6 +54,7 @@ pub mod set;
 pub mod size;
 pub mod source;
 pub mod spool;
+pub mod timetable;
 
 /// Reads and writes a [`Uuid`](dtloop_proto::Uuid) as text in the state files.
 pub mod uuid_text {

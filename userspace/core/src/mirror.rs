@@ -14,6 +14,10 @@
 //!    +---- differs: Want as data --------------------+
 //! ```
 //!
+//! A verification with repair does not believe its repair: what was sent again is compared once more, and only then settled.
+//! What was found is counted when the chunk is settled, so that a job that goes on at its place after a restart counts
+//! nothing twice and leaves nothing out.
+//!
 //! The job's place is the first chunk that is not settled. It is what survives a restart of the
 //! agent: chunks behind it are read again, which changes nothing on the target.
 
@@ -35,6 +39,9 @@ const REQUEST_SECTORS: u64 = 8 * SECTORS_PER_CHUNK;
 
 /// Most mismatching ranges that are remembered one by one.
 pub const MISMATCHES_MAX: usize = 1000;
+
+/// Repairs of one chunk, after each of which it differs again, before the job gives up.
+const REPAIRS_MAX: u8 = 3;
 
 /// Failed reads of one chunk before the job gives up.
 const FAILURES_MAX: u8 = 3;
@@ -90,6 +97,12 @@ impl JobKind {
         matches!(self, Self::Full | Self::Difference)
     }
 
+    /// Whether it only compares, and repairs if it is told to.
+    #[must_use]
+    pub fn is_verify(self) -> bool {
+        matches!(self, Self::Verify { .. })
+    }
+
     fn first_mode(self) -> u8 {
         if self == Self::Full {
             MODE_DATA
@@ -113,6 +126,36 @@ pub struct Range {
     pub start: u64,
     /// Length.
     pub sectors: u64,
+    /// The record at which the first part of it was compared.
+    #[serde(default)]
+    pub first_seq: u64,
+    /// The record at which the last part of it was compared.
+    #[serde(default)]
+    pub last_seq: u64,
+}
+
+/// What a verification found about a chunk, for its log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// The target's data differs at that record.
+    Differs(Found),
+    /// The source's data was sent again with that record, and is durable on the target.
+    Repaired(Found),
+    /// Compared again at that record, it is equal.
+    Confirmed(Found),
+}
+
+/// A chunk and the record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Device id.
+    pub device: u32,
+    /// First sector.
+    pub start: u64,
+    /// Length in sectors.
+    pub sectors: u64,
+    /// The record.
+    pub seq: u64,
 }
 
 /// A device of a job.
@@ -130,8 +173,11 @@ pub struct DeviceJob {
     pub mismatched_sectors: u64,
     /// The first ranges that differed.
     pub mismatches: Vec<Range>,
-    /// Sectors sent because they differed.
+    /// Of these, sectors that were sent again; by a verification, and that were equal when they were compared again.
     pub repaired_sectors: u64,
+    /// Number of the device's alarm when it was begun.
+    #[serde(default)]
+    pub alarm_number: u64,
     /// Sectors compared.
     #[serde(default)]
     pub compared_sectors: u64,
@@ -157,11 +203,18 @@ impl DeviceJob {
             mismatched_sectors: 0,
             mismatches: vec![],
             repaired_sectors: 0,
+            alarm_number: 0,
             compared_sectors: 0,
             regions: 0,
             begun: false,
             ended: false,
         }
+    }
+
+    /// Whether everything is settled, and nothing differs any more.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.is_done() && self.mismatched_sectors == self.repaired_sectors
     }
 
     /// Whether everything is settled.
@@ -222,6 +275,20 @@ struct Chunk {
     sectors: u64,
     stage: Stage,
     failures: u8,
+    /// The record at which it was found to differ.
+    differed: Option<u64>,
+    repairs: u8,
+}
+
+impl Chunk {
+    fn found(&self, device: u32, seq: u64) -> Found {
+        Found {
+            device,
+            start: self.start,
+            sectors: self.sectors,
+            seq,
+        }
+    }
 }
 
 /// Something the agent must act on.
@@ -252,6 +319,7 @@ pub struct Planner {
     run_end: Option<u64>,
     chunks: VecDeque<Chunk>,
     over: bool,
+    findings: Vec<Finding>,
 }
 
 impl Planner {
@@ -271,6 +339,19 @@ impl Planner {
             run_end: None,
             chunks: VecDeque::new(),
             over: false,
+            findings: vec![],
+        }
+    }
+
+    /// What was found since it was last asked, in its order.
+    pub fn take_findings(&mut self) -> Vec<Finding> {
+        std::mem::take(&mut self.findings)
+    }
+
+    /// The device that begins has this alarm, which a clean end of the job ends.
+    pub fn set_alarm_number(&mut self, number: u64) {
+        if let Some(device) = self.state.devices.get_mut(self.index) {
+            device.alarm_number = number;
         }
     }
 
@@ -420,6 +501,8 @@ impl Planner {
                     sectors: next - at,
                     stage,
                     failures: 0,
+                    differed: None,
+                    repairs: 0,
                 });
                 at = next;
             }
@@ -513,32 +596,47 @@ impl Planner {
 
     /// Records up to this one are durable on the target.
     pub fn on_durable(&mut self, durable: u64) {
-        let mut repaired = 0;
-        let is_repair = self.state.kind.first_mode() == MODE_HASH;
+        let is_verify = self.state.kind.is_verify();
+        let device = self.state.devices.get(self.index);
+        let device = device.map_or(0, |device| device.device);
         for chunk in &mut self.chunks {
-            if let Stage::Sent {
+            let Stage::Sent {
                 mode: MODE_DATA,
                 seq,
             } = chunk.stage
-            {
-                if seq <= durable {
-                    chunk.stage = Stage::Settled;
-                    repaired += chunk.sectors;
-                }
+            else {
+                continue;
+            };
+            if seq > durable {
+                continue;
+            }
+            chunk.stage = Stage::Settled;
+            if is_verify {
+                chunk.repairs += 1;
+                chunk.stage = Stage::Want { mode: MODE_HASH };
+                self.findings
+                    .push(Finding::Repaired(chunk.found(device, seq)));
             }
         }
-        if is_repair && repaired > 0 {
-            self.state.devices[self.index].repaired_sectors += repaired;
-        }
         self.settle();
+    }
+
+    /// What was found at these records may be nothing but a change that is on its way; it is compared again.
+    pub fn on_undecided(&mut self, seqs: &[u64]) {
+        for chunk in &mut self.chunks {
+            if matches!(chunk.stage, Stage::Sent { mode: MODE_HASH, seq } if seqs.contains(&seq)) {
+                chunk.stage = Stage::Want { mode: MODE_HASH };
+            }
+        }
     }
 
     /// Every hash record up to `through` was compared, and those in `differing` were different.
     pub fn on_verified(&mut self, through: u64, differing: &[u64]) {
         let repairs = self.state.kind.repairs();
-        let Some(device) = self.state.devices.get_mut(self.index) else {
+        let Some(item) = self.state.devices.get_mut(self.index) else {
             return;
         };
+        let (device, mut hopeless) = (item.device, None);
         for chunk in &mut self.chunks {
             let Stage::Sent {
                 mode: MODE_HASH,
@@ -548,38 +646,60 @@ impl Planner {
                 continue;
             };
             if seq <= through {
-                device.compared_sectors += chunk.sectors;
+                item.compared_sectors += chunk.sectors;
             }
             if differing.contains(&seq) {
-                device.mismatched_sectors += chunk.sectors;
-                note_mismatch(
-                    &mut device.mismatches,
-                    Range {
-                        start: chunk.start,
-                        sectors: chunk.sectors,
-                    },
-                );
+                chunk.differed.get_or_insert(seq);
+                self.findings
+                    .push(Finding::Differs(chunk.found(device, seq)));
                 chunk.stage = if repairs {
                     Stage::Want { mode: MODE_DATA }
                 } else {
                     Stage::Settled
                 };
+                if chunk.repairs >= REPAIRS_MAX {
+                    hopeless = Some(*chunk);
+                }
             } else if seq <= through {
                 chunk.stage = Stage::Settled;
+                if chunk.differed.is_some() {
+                    self.findings
+                        .push(Finding::Confirmed(chunk.found(device, seq)));
+                }
             }
         }
         self.settle();
+        if let Some(Chunk { start, sectors, .. }) = hopeless {
+            let reason = format!(
+                "{sectors} sectors from sector {start} differ again after {REPAIRS_MAX} repairs: the target's disk \
+                 does not keep what is written to it, or something else writes there; look after it, then verify again"
+            );
+            self.fail(reason);
+        }
     }
 
+    /// Counts what was found when a chunk is settled, see the module documentation.
     fn settle(&mut self) {
+        let repairs = self.state.kind.repairs();
         let Some(device) = self.state.devices.get_mut(self.index) else {
             return;
         };
-        while self
+        while let Some(chunk) = self
             .chunks
             .front()
-            .is_some_and(|chunk| chunk.stage == Stage::Settled)
+            .filter(|chunk| chunk.stage == Stage::Settled)
         {
+            if let Some(seq) = chunk.differed {
+                device.mismatched_sectors += chunk.sectors;
+                device.repaired_sectors += if repairs { chunk.sectors } else { 0 };
+                let range = Range {
+                    start: chunk.start,
+                    sectors: chunk.sectors,
+                    first_seq: seq,
+                    last_seq: seq,
+                };
+                note_mismatch(&mut device.mismatches, range);
+            }
             self.chunks.pop_front();
         }
         // What lies between chunks need not be compared.
@@ -635,6 +755,7 @@ fn note_mismatch(mismatches: &mut Vec<Range>, range: Range) {
     if let Some(last) = mismatches.last_mut() {
         if last.start + last.sectors == range.start {
             last.sectors += range.sectors;
+            last.last_seq = range.last_seq;
             return;
         }
     }
@@ -767,7 +888,9 @@ mod tests {
             device.mismatches,
             [Range {
                 start: C,
-                sectors: C
+                sectors: C,
+                first_seq: 11,
+                last_seq: 11
             }]
         );
     }
@@ -784,10 +907,96 @@ mod tests {
             device.mismatches,
             [Range {
                 start: 0,
-                sectors: 2 * C
+                sectors: 2 * C,
+                first_seq: 1,
+                last_seq: 2
             }],
             "neighbours are joined"
         );
+    }
+
+    #[test]
+    fn a_repair_counts_when_it_was_compared_again() {
+        let mut planner = job(JobKind::Verify { repair: true }, 2 * C);
+        begin(&mut planner);
+        ask_and_send(&mut planner, 1);
+        planner.on_verified(2, &[1]);
+        let repair = ask_and_send(&mut planner, 3);
+        assert!(repair.clear && repair.start == 0);
+        planner.on_durable(3);
+        assert_eq!(planner.state().devices[0].repaired_sectors, 0);
+        assert_eq!(planner.state().devices[0].position, 0);
+        let again = ask_and_send(&mut planner, 4);
+        assert!(is_hash_cookie(again.cookie) && again.start == 0);
+        planner.on_verified(4, &[]);
+        let device = &planner.state().devices[0];
+        assert!(device.is_clean() && device.repaired_sectors == C);
+        let found = |seq| Found {
+            device: 1,
+            start: 0,
+            sectors: C,
+            seq,
+        };
+        assert_eq!(
+            planner.take_findings(),
+            [
+                Finding::Differs(found(1)),
+                Finding::Repaired(found(3)),
+                Finding::Confirmed(found(4))
+            ]
+        );
+        assert!(planner.take_findings().is_empty());
+    }
+
+    #[test]
+    fn a_repair_that_does_not_hold_ends_the_job() {
+        let mut planner = job(JobKind::Verify { repair: true }, C);
+        begin(&mut planner);
+        for round in 0..=u64::from(REPAIRS_MAX) {
+            assert_eq!(planner.state().failed, None);
+            ask_and_send(&mut planner, 2 * round + 1);
+            planner.on_verified(2 * round + 1, &[2 * round + 1]);
+            if planner.state().failed.is_none() {
+                ask_and_send(&mut planner, 2 * round + 2);
+                planner.on_durable(2 * round + 2);
+            }
+        }
+        let reason = planner.state().failed.clone().unwrap();
+        assert!(reason.contains("does not keep"), "{reason}");
+        assert!(!planner.state().devices[0].is_done());
+    }
+
+    #[test]
+    fn what_may_be_on_its_way_is_compared_again() {
+        let mut planner = job(JobKind::Verify { repair: false }, C);
+        begin(&mut planner);
+        ask_and_send(&mut planner, 1);
+        planner.on_undecided(&[1]);
+        planner.on_verified(1, &[]);
+        assert_eq!(planner.state().devices[0].position, 0);
+        assert!(planner.take_findings().is_empty());
+        ask_and_send(&mut planner, 2);
+        planner.on_verified(2, &[]);
+        assert!(planner.state().devices[0].is_clean());
+    }
+
+    #[test]
+    fn a_restart_counts_nothing_twice() {
+        let mut planner = job(JobKind::Verify { repair: true }, 2 * C);
+        begin(&mut planner);
+        ask_and_send(&mut planner, 1);
+        planner.on_verified(2, &[1, 2]);
+        let mut planner = Planner::new(planner.state().clone());
+        ask_and_send(&mut planner, 3);
+        planner.on_verified(4, &[3]);
+        let repair = planner.next_request().unwrap();
+        planner.on_taken(&repair, C);
+        planner.on_record(5, 1, 0, C, repair.cookie, false);
+        planner.on_durable(5);
+        ask_and_send(&mut planner, 6);
+        planner.on_verified(6, &[]);
+        let device = &planner.state().devices[0];
+        assert_eq!((device.mismatched_sectors, device.repaired_sectors), (C, C));
     }
 
     #[test]

@@ -13,7 +13,9 @@ use dtloop_proto::message::{DeviceOffer, VolumeReport, VolumeSync};
 use dtloop_proto::{Code, Uuid};
 use serde::{Deserialize, Serialize};
 
-use crate::mirror::JobState;
+use crate::alarm::{self, Alarm, Cause};
+use crate::mirror::{DeviceJob, JobState};
+use crate::timetable;
 
 /// A device of the set by label.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,7 +28,30 @@ pub struct DeviceMemory {
     pub mirrored_once: bool,
     /// The mirror that is complete still holds.
     pub mirrored: bool,
+    /// Why the copy must be verified.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<Alarm>,
+    /// Sectors that others wrote to the backing device since it was attached, as far as they are known.
+    #[serde(default)]
+    pub bypassed_sectors: u64,
+    /// The boot in which it was last looked at.
+    #[serde(default)]
+    pub boot_id: String,
 }
+
+/// Both sides had the same link of the hash chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proven {
+    /// The last record in it.
+    pub seq: u64,
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// The chain is unbroken since this record.
+    pub since_seq: u64,
+}
+
+/// Streams that are remembered. The target follows one of the last few that were offered to it.
+const LINEAGE_MAX: usize = 32;
 
 /// What survives a restart of the agent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,9 +68,45 @@ pub struct SetMemory {
     /// The job under way, or the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<JobState>,
+    /// Streams that were offered to the target, newest first: the past of this source.
+    #[serde(default, with = "uuid_list")]
+    pub lineage: Vec<Uuid>,
+    /// The last proof.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proven: Option<Proven>,
+    /// What is known of scheduled verifications.
+    #[serde(default)]
+    pub timetable: timetable::Memory,
+    /// The job under way is a scheduled verification.
+    #[serde(default)]
+    pub scheduled: bool,
+    /// A scheduled verification that made way for something else; it goes on at its place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspended: Option<JobState>,
     /// Streams in which the intent file could not be written: marks that go back to one of them are not complete.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unmarked_streams: Vec<StreamId>,
+}
+
+mod uuid_list {
+    use dtloop_proto::Uuid;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(
+        list: &[Uuid],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(list.iter().map(ToString::to_string))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<Uuid>, D::Error> {
+        let list = Vec::<String>::deserialize(deserializer)?;
+        list.iter()
+            .map(|text| text.parse().map_err(D::Error::custom))
+            .collect()
+    }
 }
 
 /// A stream in the state file.
@@ -76,6 +137,9 @@ impl SetMemory {
         self.stream_uuid = stream_uuid;
         self.generation += 1;
         self.job = None;
+        self.scheduled = false;
+        self.suspended = None;
+        self.proven = None;
         for device in self.devices.values_mut() {
             device.mirrored = false;
             device.device = 0;
@@ -97,10 +161,14 @@ impl SetMemory {
                 sectors: offer.sectors,
                 mirrored_once: false,
                 mirrored: false,
+                alarm: None,
+                bypassed_sectors: 0,
+                boot_id: String::new(),
             });
         if device.device != offer.device {
             device.device = offer.device;
             device.mirrored = false;
+            device.bypassed_sectors = 0;
         }
         device.sectors = offer.sectors;
     }
@@ -130,6 +198,73 @@ impl SetMemory {
             memory.mirrored = mirrored;
             memory.mirrored_once |= mirrored;
         }
+    }
+
+    /// The present stream is about to be offered to the target. True: that is new, and must be durable first.
+    pub fn offer_stream(&mut self) -> bool {
+        if self.lineage.first() == Some(&self.stream_uuid) {
+            return false;
+        }
+        self.lineage.insert(0, self.stream_uuid);
+        self.lineage.truncate(LINEAGE_MAX);
+        true
+    }
+
+    fn device_mut(&mut self, device: u32) -> Option<&mut DeviceMemory> {
+        let mut devices = self.devices.values_mut();
+        devices.find(|memory| memory.device == device)
+    }
+
+    /// What the module counts of others' writes to the device behind it. True: there is a reason for alarm that was not
+    /// known. A device that was never mirrored has no copy to be worried about.
+    pub fn on_bypass_count(&mut self, device: u32, sectors: u64, unix_ms: u64) -> bool {
+        let Some(memory) = self.device_mut(device) else {
+            return false;
+        };
+        let more = sectors.saturating_sub(memory.bypassed_sectors);
+        memory.bypassed_sectors = memory.bypassed_sectors.max(sectors);
+        let matters = more > 0 && memory.mirrored_once;
+        matters
+            && alarm::raise(
+                &mut memory.alarm,
+                unix_ms,
+                Cause::Bypassed { sectors: more },
+            )
+    }
+
+    /// A device is seen, in that boot, with so many sectors that were written before it was attached. It is judged once a
+    /// boot: in one in which it was attached before, they are most likely our own. True: there is a reason for alarm.
+    pub fn on_boot(&mut self, device: u32, boot_id: &str, sectors: u64, unix_ms: u64) -> bool {
+        let Some(memory) = self.device_mut(device) else {
+            return false;
+        };
+        if memory.boot_id == boot_id {
+            return false;
+        }
+        let former = std::mem::replace(&mut memory.boot_id, boot_id.to_owned());
+        let matters = sectors > 0 && memory.mirrored_once && !former.is_empty();
+        matters && alarm::raise(&mut memory.alarm, unix_ms, Cause::WrittenBefore { sectors })
+    }
+
+    /// The copy of a device must be verified. True: that was not known.
+    pub fn raise(&mut self, device: u32, unix_ms: u64, cause: Cause) -> bool {
+        self.device_mut(device)
+            .is_some_and(|memory| alarm::raise(&mut memory.alarm, unix_ms, cause))
+    }
+
+    /// The number of a device's alarm, 0 without.
+    #[must_use]
+    pub fn alarm_number(&self, device: u32) -> u64 {
+        let mut devices = self.devices.values();
+        let memory = devices.find(|memory| memory.device == device);
+        let alarm = memory.and_then(|memory| memory.alarm.as_ref());
+        alarm.map_or(0, |alarm| alarm.number)
+    }
+
+    /// A job is done with a device. Gives the alarm that is over.
+    pub fn settle_alarm(&mut self, item: &DeviceJob) -> Option<Alarm> {
+        let memory = self.device_mut(item.device).filter(|_| item.is_clean())?;
+        alarm::settle(&mut memory.alarm, item.alarm_number)
     }
 
     /// Number for a new job.
@@ -262,6 +397,55 @@ mod tests {
         let mut returned = memory(true);
         returned.enter_device(&offer(2));
         assert!(returned.needs(&[offer(2)], &[report(2, VolumeSync::Mirrored)], None)[0].automatic);
+    }
+
+    #[test]
+    fn a_bypass_is_an_alarm_until_a_pass_that_began_later_is_clean() {
+        let mut memory = memory(true);
+        assert!(!memory.on_bypass_count(1, 0, 5));
+        assert!(memory.on_bypass_count(1, 8, 5));
+        assert!(!memory.on_bypass_count(1, 8, 6), "it is known");
+        let mut item = DeviceJob::new(1, "vol", 64);
+        item.alarm_number = memory.alarm_number(1);
+        item.begun = true;
+        assert_eq!(memory.settle_alarm(&item), None, "it is not done");
+        item.position = 64;
+        item.mismatched_sectors = 8;
+        assert_eq!(memory.settle_alarm(&item), None, "something differs");
+        item.repaired_sectors = 8;
+        assert!(!memory.on_bypass_count(1, 16, 6));
+        assert_eq!(memory.settle_alarm(&item), None, "there was another write");
+        item.alarm_number = memory.alarm_number(1);
+        assert!(memory.settle_alarm(&item).is_some());
+        assert_eq!(memory.alarm_number(1), 0);
+        // What is known is kept apart from the alarm.
+        assert!(!memory.on_bypass_count(1, 16, 7) && memory.on_bypass_count(1, 17, 8));
+    }
+
+    #[test]
+    fn writes_between_boot_and_attach_are_an_alarm() {
+        let mut memory = memory(true);
+        assert!(
+            !memory.on_boot(1, "first", 8, 5),
+            "nothing is known of it yet"
+        );
+        assert!(!memory.on_boot(1, "first", 8, 5));
+        assert!(!memory.on_boot(1, "second", 0, 5));
+        assert!(memory.on_boot(1, "third", 8, 5));
+        assert!(memory.alarm_number(1) > 0);
+    }
+
+    #[test]
+    fn the_past_of_a_source_is_bounded_and_has_the_newest_stream_first() {
+        let mut memory = memory(true);
+        assert!(memory.offer_stream() && !memory.offer_stream());
+        for stream in 2..100 {
+            memory.enter_stream(Uuid([stream; 16]));
+            // Not every stream was offered.
+            assert!(stream % 2 == 0 || memory.offer_stream());
+        }
+        assert_eq!(memory.lineage.len(), LINEAGE_MAX);
+        assert_eq!(memory.lineage[..2], [Uuid([99; 16]), Uuid([97; 16])]);
     }
 
     #[test]

@@ -18,11 +18,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dtloop_proto::message::{DeviceOffer, Hello, Marker, Past, VolumeReport, VolumeSync};
-use dtloop_proto::{Code, Op, RecordBody, Uuid};
+use dtloop_proto::message::{
+    self, Alarm, DeviceOffer, Hello, Marker, Past, VolumeReport, VolumeSync,
+};
+use dtloop_proto::{Code, Op, RecordBody, RecordKind, Uuid};
 use serde::{Deserialize, Serialize};
 
 use crate::binding::Refusal;
+use crate::chain::Chain;
+use crate::identity::VolumeIdentity;
 
 /// The order of the source's writes is lost: the target is no prefix of them from `from` until a
 /// resync that begins after `last` is complete.
@@ -105,6 +109,19 @@ impl From<Sync> for VolumeSync {
     }
 }
 
+/// Something that was noticed about a volume, until a verification has made it good.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeAlarm {
+    /// Rises with every alarm of the volume.
+    pub number: u64,
+    /// A [`Code`].
+    pub code: u16,
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// For people.
+    pub text: String,
+}
+
 /// A volume of the set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeState {
@@ -122,6 +139,15 @@ pub struct VolumeState {
     /// The last moment at which it was known to be equal to its device, once it no longer is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistent: Option<Consistent>,
+    /// See [`VolumeAlarm`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<VolumeAlarm>,
+    /// Alarms raised so far.
+    #[serde(default)]
+    pub alarms: u64,
+    /// What the volume is known by, as of the checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<VolumeIdentity>,
 }
 
 /// Everything that the target remembers of a set. A copy of it is made durable at checkpoints.
@@ -157,6 +183,9 @@ pub struct SetState {
     /// An operator gave up the last consistent state: until the set is consistent again, nothing is staged.
     #[serde(default)]
     pub in_place: bool,
+    /// The hash chain over the records that were applied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<Chain>,
     /// Volumes by label.
     pub volumes: BTreeMap<String, VolumeState>,
     /// The last version of the source's intent file that was told.
@@ -196,6 +225,7 @@ impl SetState {
             wanted: None,
             stages: 0,
             in_place: false,
+            chain: None,
             volumes: BTreeMap::new(),
             intent_version: 0,
         }
@@ -232,13 +262,15 @@ impl SetState {
             return Err(Refusal::new(
                 Code::OLDER_GENERATION,
                 format!(
-                    "Set \"{}\" of source {} comes with generation {} but this target has seen {}; an older \
-                     state of the source was restored, or it was cloned",
-                    self.set, self.source_id, hello.generation, self.generation
+                    "Set \"{}\" of source {} comes with generation {} but this target has seen {}: an older \
+                     state of the source was restored, or it was cloned; if this is the source whose data counts, \
+                     run \"dttarget accept {}\" on the target",
+                    self.set, self.source_id, hello.generation, self.generation, self.set
                 ),
             ));
         }
         if hello.stream_uuid != self.stream_uuid {
+            self.check_lineage(hello)?;
             return Ok(Admission::NewStream);
         }
         if durable_seq >= hello.next_seq {
@@ -259,6 +291,63 @@ impl SetState {
         Ok(Admission::Resume)
     }
 
+    /// A source with a new stream must have offered the one that the target followed: what the target holds is then part
+    /// of its past. Otherwise the target holds data of a clone, or of a later state than the one that was restored.
+    fn check_lineage(&self, hello: &Hello) -> Result<(), Refusal> {
+        let lineage = message::option(&hello.options, message::OPTION_LINEAGE);
+        let knows =
+            lineage.is_none_or(|list| list.chunks(16).any(|uuid| uuid == self.stream_uuid.0));
+        if knows || self.stream_uuid.is_none() {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            Code::UNRELATED,
+            format!(
+                "Set \"{}\" of source {}: the target followed stream {}, which is not in this source's past. It is a \
+                 clone of the source, or an older state of it was restored, and the copy may be newer than the source. \
+                 If this is the source whose data counts, run \"dttarget accept {}\" on the target",
+                self.set,
+                self.source_id,
+                self.stream_uuid.short(),
+                self.set
+            ),
+        ))
+    }
+
+    /// An operator wants this source to be followed, whatever its past.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be sent, for what no decision can change.
+    pub fn accept(&mut self, hello: &Hello, durable_seq: u64) -> Result<Admission, Refusal> {
+        self.generation = hello.generation;
+        if hello.stream_uuid != self.stream_uuid {
+            return Ok(Admission::NewStream);
+        }
+        self.admit(hello, durable_seq)
+    }
+
+    /// An operator wants the volume to be overwritten, whatever it is now. What is staged for the volume that it was goes.
+    pub fn accept_volume(&mut self, label: &str) {
+        self.distrust(label);
+        if let Some(volume) = self.volumes.get_mut(label) {
+            volume.identity = None;
+            volume.refused = None;
+            volume.alarm = None;
+            volume.consistent = None;
+        }
+        self.leave_stage(label);
+    }
+
+    /// What is known of the content of a range of the volume is known no more.
+    pub fn forget_content(&mut self, device: u32, start: u64, end: u64) {
+        let mut volumes = self.volumes.values_mut();
+        let volume = volumes.find(|volume| volume.device == device);
+        if let Some(identity) = volume.and_then(|volume| volume.identity.as_mut()) {
+            identity.forget(start, end);
+        }
+    }
+
     /// Takes up what [`SetState::admit`] found, once everything received before has been applied.
     pub fn enter(&mut self, hello: &Hello, admission: Admission) {
         self.watch(|state| state.take_up(hello, admission));
@@ -273,6 +362,7 @@ impl SetState {
                 self.stream_uuid = hello.stream_uuid;
                 self.applied_seq = hello.first_seq - 1;
                 self.lost = None;
+                self.chain = None;
                 for volume in self.volumes.values_mut() {
                     volume.device = 0;
                     volume.sync_seq = self.applied_seq;
@@ -282,7 +372,15 @@ impl SetState {
                 self.distrust_all();
                 self.lose(from, to - 1, Code::SEQUENCE_HOLE);
                 self.applied_seq = to - 1;
+                self.chain = None;
             }
+        }
+        // Also where an earlier version of this program has left none.
+        let (stream_uuid, seq) = (self.stream_uuid, self.applied_seq);
+        if message::option(&hello.options, message::OPTION_UNCHAINED).is_some() {
+            self.chain = None;
+        } else if self.chain.is_none_or(|chain| chain.seq != seq) {
+            self.chain = Some(Chain::begin(stream_uuid, seq));
         }
     }
 
@@ -292,7 +390,7 @@ impl SetState {
         let (labels, since) = (self.consistent_labels(), self.moment());
         let was_consistent = self.is_consistent();
         change(self);
-        let broken = labels.iter().any(|label| !self.in_sync(label));
+        let broken = labels.iter().any(|label| !self.is_whole(label));
         let staged = matches!(&self.stage, Some(stage) if stage.phase == Phase::Staged);
         if broken && !staged && !self.in_place && self.wanted.is_none() {
             self.wanted = Some(Wanted { labels, since });
@@ -302,20 +400,20 @@ impl SetState {
         }
     }
 
-    /// The volumes that are in sync.
+    /// The volumes whose changes are all there, in order.
     #[must_use]
     pub fn consistent_labels(&self) -> BTreeSet<String> {
         let labels = self.volumes.keys();
         labels
-            .filter(|label| self.in_sync(label))
+            .filter(|label| self.is_whole(label))
             .cloned()
             .collect()
     }
 
-    /// Whether all volumes that the stream feeds are in sync.
+    /// Whether that is so for all volumes that the stream feeds.
     fn is_consistent(&self) -> bool {
         let mut fed = self.volumes.iter().filter(|(_, volume)| volume.device != 0);
-        self.lost.is_none() && fed.all(|(label, _)| self.in_sync(label))
+        self.lost.is_none() && fed.all(|(label, _)| self.is_whole(label))
     }
 
     fn moment(&self) -> Consistent {
@@ -367,7 +465,7 @@ impl SetState {
             volume.is_some_and(|volume| volume.device != 0)
         };
         let mut fed = stage.labels.iter().filter(fed).peekable();
-        fed.peek().is_some() && fed.all(|label| self.in_sync(label))
+        fed.peek().is_some() && fed.all(|label| self.is_whole(label))
     }
 
     /// From here on the overlays over the volumes are the truth. A volume that the stream does not feed keeps what
@@ -426,6 +524,10 @@ impl SetState {
             } else if !staged.contains(label) {
                 volume.consistent = None;
             }
+            if volume.alarm.is_some() {
+                // Somebody else wrote to it.
+                volume.consistent = None;
+            }
             let refusal = crate::binding::released(label);
             volume.refused = Some((refusal.code.0, refusal.text));
             volume.sync = Sync::Unmirrored;
@@ -436,6 +538,10 @@ impl SetState {
     /// Forgets a volume.
     pub fn remove(&mut self, label: &str) {
         self.volumes.remove(label);
+        self.leave_stage(label);
+    }
+
+    fn leave_stage(&mut self, label: &str) {
         if let Some(wanted) = &mut self.wanted {
             wanted.labels.remove(label);
         }
@@ -510,6 +616,9 @@ impl SetState {
             sync_seq: seq,
             refused: None,
             consistent: None,
+            alarm: None,
+            alarms: 0,
+            identity: None,
         });
         volume.sectors = sectors;
         volume.refused = refused.map(|refusal| (refusal.code.0, refusal.text.clone()));
@@ -547,6 +656,50 @@ impl SetState {
         }
         self.applied_seq = seq;
         self.applied_time_ns = body.time_ns;
+    }
+
+    /// A record was applied: its place in the hash chain. To be called before [`SetState::on_record`].
+    pub fn chain(&mut self, kind: RecordKind, body: &RecordBody, payload: &[u8]) {
+        if let Some(chain) = &mut self.chain {
+            chain.add(kind, body, payload);
+        }
+    }
+
+    /// Something was noticed about a volume for which it must be verified.
+    pub fn raise_alarm(&mut self, label: &str, code: Code, unix_ms: u64, text: String) {
+        if let Some(volume) = self.volumes.get_mut(label) {
+            volume.alarms += 1;
+            let number = volume.alarms;
+            let unix_ms = volume.alarm.as_ref().map_or(unix_ms, |alarm| alarm.unix_ms);
+            volume.alarm = Some(VolumeAlarm {
+                number,
+                code: code.0,
+                unix_ms,
+                text,
+            });
+        }
+    }
+
+    /// The alarms that the source has not answered.
+    pub fn alarms(&self) -> impl Iterator<Item = Alarm> + '_ {
+        let volumes = self.volumes.values().filter(|volume| volume.device != 0);
+        volumes.filter_map(|volume| {
+            let alarm = volume.alarm.as_ref()?;
+            Some(Alarm {
+                device: volume.device,
+                number: alarm.number,
+                code: Code(alarm.code),
+                unix_ms: alarm.unix_ms,
+                text: message::bounded_text(alarm.text.clone()),
+            })
+        })
+    }
+
+    fn clear_alarm(&mut self, device: u32, number: u64) {
+        let mut volumes = self.volumes.values_mut();
+        if let Some(volume) = volumes.find(|volume| volume.device == device) {
+            volume.alarm.take_if(|alarm| alarm.number <= number);
+        }
     }
 
     /// A record passed a volume by: it was refused, or does not reach as far.
@@ -593,6 +746,9 @@ impl SetState {
                 self.enter_sync(device, Sync::Mirrored, position);
             }
             Marker::Intent { version } => self.intent_version = version,
+            Marker::Cleared { device, number } => self.clear_alarm(device, number),
+            // Asks, and changes nothing.
+            Marker::Prove { .. } => {}
         }
     }
 
@@ -618,14 +774,24 @@ impl SetState {
         }
     }
 
-    /// Whether the volume is equal to its device at `applied_seq`.
+    /// Whether every change of the device up to `applied_seq` is in the volume, and nothing behind it.
     #[must_use]
-    pub fn in_sync(&self, label: &str) -> bool {
+    pub fn is_whole(&self, label: &str) -> bool {
         self.lost.is_none()
             && self
                 .volumes
                 .get(label)
                 .is_some_and(|volume| volume.sync == Sync::Mirrored && volume.refused.is_none())
+    }
+
+    /// Whether the volume is equal to its device at `applied_seq`: it is whole, and nothing speaks against it.
+    ///
+    /// What is staged and published goes by [`SetState::is_whole`] alone: a stage does not help against somebody who writes
+    /// to the volume.
+    #[must_use]
+    pub fn in_sync(&self, label: &str) -> bool {
+        let volume = self.volumes.get(label);
+        self.is_whole(label) && volume.is_some_and(|volume| volume.alarm.is_none())
     }
 
     /// The volumes as they are reported to the source.
@@ -697,6 +863,67 @@ mod tests {
         state.on_marker(2, Marker::MirrorEnd { device: 1 });
         assert!(state.in_sync("vol"));
         state
+    }
+
+    #[test]
+    fn what_the_target_holds_must_be_in_the_sources_past() {
+        let state = mirrored();
+        let coming = |stream, generation, past: &[u8]| {
+            let value = past.iter().flat_map(|stream| [*stream; 16]).collect();
+            let mut hello = hello(stream, generation, 1, 10);
+            hello.options = vec![message::HandshakeOption {
+                key: message::OPTION_LINEAGE,
+                value,
+            }];
+            state.admit(&hello, 1).map_err(|refusal| refusal.code)
+        };
+        assert_eq!(coming(3, 3, &[3, 2, 1]), Ok(Admission::NewStream));
+        // A clone, or a restored state, that has come further than the one the target knows.
+        assert_eq!(coming(5, 7, &[5, 4, 3]), Err(Code::UNRELATED));
+        assert_eq!(coming(5, 1, &[5, 1]), Err(Code::OLDER_GENERATION));
+    }
+
+    #[test]
+    fn the_chain_goes_with_the_sequence() {
+        let mut state = mirrored();
+        let chain = |state: &SetState| state.chain.unwrap();
+        assert_eq!(chain(&state).seq, 0, "nothing was added yet");
+        state.enter(&hello(1, 1, 1, 10), Admission::Resume);
+        assert_eq!(chain(&state), Chain::begin(Uuid([1; 16]), 1));
+        let write = record(Op::Write, STATE_COMMITTED);
+        state.chain(RecordKind::Data, &write, &[1; 4096]);
+        state.on_record(2, &write);
+        let before = chain(&state);
+        state.enter(&hello(1, 1, 1, 10), Admission::Resume);
+        assert_eq!(chain(&state), before);
+        state.enter(&hello(1, 1, 7, 10), Admission::Hole { from: 3, to: 7 });
+        assert_eq!(chain(&state), Chain::begin(Uuid([1; 16]), 6));
+    }
+
+    #[test]
+    fn an_alarm_stands_until_it_is_cleared() {
+        let mut state = mirrored();
+        state.raise_alarm("vol", Code::VOLUME_CHANGED, 5, "changed".into());
+        assert!(!state.in_sync("vol"));
+        let alarm = state.alarms().next().unwrap();
+        assert_eq!((alarm.device, alarm.number, alarm.unix_ms), (1, 1, 5));
+        state.raise_alarm("vol", Code::VOLUME_CHANGED, 6, "changed again".into());
+        state.on_marker(
+            2,
+            Marker::Cleared {
+                device: 1,
+                number: 1,
+            },
+        );
+        assert!(!state.in_sync("vol"), "that was about the first one");
+        state.on_marker(
+            2,
+            Marker::Cleared {
+                device: 1,
+                number: 2,
+            },
+        );
+        assert!(state.in_sync("vol") && state.alarms().next().is_none());
     }
 
     #[test]

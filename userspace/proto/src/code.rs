@@ -73,6 +73,12 @@ codes! {
     STATE_DAMAGED = 19, "state-damaged";
     /// The staging area has no space, or cannot be written.
     STAGING = 20, "staging";
+    /// The volume is another file or disk than the one that was followed.
+    VOLUME_REPLACED = 21, "volume-replaced";
+    /// The volume was changed by something else than the target.
+    VOLUME_CHANGED = 22, "volume-changed";
+    /// What the target holds does not come from this source's past.
+    UNRELATED = 23, "unrelated-data";
 }
 
 impl Code {

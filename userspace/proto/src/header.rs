@@ -87,6 +87,10 @@ message_types! {
     Notice = 0x33;
     /// Target to source: what the volumes were worth so far.
     Past = 0x38;
+    /// Target to source: the link of the hash chain at a position.
+    Proof = 0x34;
+    /// Target to source: a volume is perhaps not what it should be.
+    Alarm = 0x35;
     /// Target to source: where changes go.
     Staging = 0x39;
     /// Are you there?

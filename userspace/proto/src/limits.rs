@@ -36,6 +36,9 @@ pub const RANGES_MAX: usize = 1024;
 /// Unit of `start_sector` and `sectors` in bytes.
 pub const SECTOR_BYTES: u64 = 512;
 
+/// Length of a link of the hash chain: 128 bits.
+pub const LINK_BYTES: usize = 16;
+
 /// Length of the hash in a Hash frame: blake3, 32 bytes.
 pub const HASH_BYTES: usize = 32;
 

@@ -13,10 +13,28 @@ use crate::uuid::Uuid;
 /// A key with a value, for what later versions add to the handshake. Unknown keys are ignored.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct HandshakeOption {
-    /// Key; none is defined yet.
+    /// Key; see the `OPTION_*` constants.
     pub key: u16,
     /// Value.
     pub value: Vec<u8>,
+}
+
+/// Key of an option of [`Hello`]: the streams that this source offered before, newest first, 16 bytes each.
+pub const OPTION_LINEAGE: u16 = 16;
+
+/// Key of an option of [`Hello`]: the source does not compute the hash chain, so the target need not. No value.
+pub const OPTION_UNCHAINED: u16 = 18;
+
+/// Key of an option of [`Welcome`]: the link of the hash chain behind `durable_seq`, 16 bytes.
+pub const OPTION_CHAIN: u16 = 17;
+
+/// The value of an option, if it was given.
+#[must_use]
+pub fn option(options: &[HandshakeOption], key: u16) -> Option<&[u8]> {
+    let mut options = options.iter();
+    options
+        .find(|option| option.key == key)
+        .map(|option| option.value.as_slice())
 }
 
 /// A device of the set as the source describes it.
@@ -211,6 +229,18 @@ pub enum Marker {
         /// At most so many bytes.
         most_bytes: u64,
     },
+    /// The source's link of the hash chain behind the record before this position. Answered by [`Proof`].
+    Prove {
+        /// It.
+        link: [u8; limits::LINK_BYTES],
+    },
+    /// A verification that began after that alarm found nothing that is not repaired.
+    Cleared {
+        /// Device id.
+        device: u32,
+        /// Number of the [`Alarm`].
+        number: u64,
+    },
 }
 
 /// Target to source: how far it is.
@@ -237,6 +267,8 @@ pub struct Mismatch {
     pub start_sector: u64,
     /// Length in sectors.
     pub sectors: u32,
+    /// blake3 of what the volume held there; all zero: there is nothing, as the range is not applied.
+    pub hash: [u8; limits::HASH_BYTES],
 }
 
 /// Target to source: every Hash record up to `through_seq` has been compared, and these differed.
@@ -274,6 +306,33 @@ pub struct Past {
 pub struct Notice {
     /// Condition.
     pub code: Code,
+    /// For people, and what to do.
+    pub text: String,
+}
+
+/// Target to source: where [`Marker::Prove`] was applied, the target's own link was this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Proof {
+    /// The last record before the position.
+    pub seq: u64,
+    /// The link that the source gave.
+    pub source: [u8; limits::LINK_BYTES],
+    /// The target's, over the records that it applied.
+    pub target: [u8; limits::LINK_BYTES],
+}
+
+/// Target to source: something was noticed for which a volume must be verified. Told again with every connection until
+/// [`Marker::Cleared`].
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Alarm {
+    /// Device id.
+    pub device: u32,
+    /// Rises with every alarm of the volume.
+    pub number: u64,
+    /// Reason.
+    pub code: Code,
+    /// When it was noticed, in milliseconds since 1970 by the target's clock.
+    pub unix_ms: u64,
     /// For people, and what to do.
     pub text: String,
 }
@@ -365,6 +424,10 @@ pub enum Message {
     Staging(Staging),
     /// See [`Past`].
     Past(Past),
+    /// See [`Proof`].
+    Proof(Proof),
+    /// See [`Alarm`].
+    Alarm(Alarm),
     /// A number to be returned.
     Ping(u64),
     /// The number returned.
@@ -452,6 +515,8 @@ impl Message {
             Self::Notice(_) => MessageType::Notice,
             Self::Staging(_) => MessageType::Staging,
             Self::Past(_) => MessageType::Past,
+            Self::Proof(_) => MessageType::Proof,
+            Self::Alarm(_) => MessageType::Alarm,
             Self::Ping(_) => MessageType::Ping,
             Self::Pong(_) => MessageType::Pong,
             Self::Bye(_) => MessageType::Bye,
@@ -505,9 +570,13 @@ impl Message {
             Self::Volumes(volumes) => check_volumes(&volumes.volumes),
             Self::Notice(notice) => check_length("text", notice.text.len(), limits::TEXT_BYTES_MAX),
             Self::Past(past) => check_length("mirrored", past.mirrored.len(), limits::DEVICES_MAX),
-            Self::Marker(_) | Self::Ack(_) | Self::Staging(_) | Self::Ping(_) | Self::Pong(_) => {
-                Ok(())
-            }
+            Self::Alarm(alarm) => check_length("text", alarm.text.len(), limits::TEXT_BYTES_MAX),
+            Self::Marker(_)
+            | Self::Ack(_)
+            | Self::Proof(_)
+            | Self::Staging(_)
+            | Self::Ping(_)
+            | Self::Pong(_) => Ok(()),
         }
     }
 
@@ -532,6 +601,8 @@ impl Message {
             Self::Notice(value) => body::encode(value, out),
             Self::Staging(value) => body::encode(value, out),
             Self::Past(value) => body::encode(value, out),
+            Self::Proof(value) => body::encode(value, out),
+            Self::Alarm(value) => body::encode(value, out),
             Self::Ping(value) | Self::Pong(value) => body::encode(value, out),
         }
     }
@@ -556,6 +627,8 @@ impl Message {
             MessageType::Notice => Self::Notice(body::decode(bytes)?),
             MessageType::Staging => Self::Staging(body::decode(bytes)?),
             MessageType::Past => Self::Past(body::decode(bytes)?),
+            MessageType::Proof => Self::Proof(body::decode(bytes)?),
+            MessageType::Alarm => Self::Alarm(body::decode(bytes)?),
             MessageType::Ping => Self::Ping(body::decode(bytes)?),
             MessageType::Pong => Self::Pong(body::decode(bytes)?),
             MessageType::Bye => Self::Bye(body::decode(bytes)?),

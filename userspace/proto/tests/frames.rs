@@ -90,6 +90,8 @@ fn marker() -> impl Strategy<Value = Marker> {
         any::<u16>().prop_map(|code| Marker::OrderLost { code: Code(code) }),
         any::<u32>().prop_map(|device| Marker::Covered { device }),
         any::<u64>().prop_map(|version| Marker::Intent { version }),
+        any::<[u8; 16]>().prop_map(|link| Marker::Prove { link }),
+        any::<(u32, u64)>().prop_map(|(device, number)| Marker::Cleared { device, number }),
     ]
 }
 
@@ -101,12 +103,15 @@ fn refuse() -> impl Strategy<Value = Refuse> {
 }
 
 fn mismatch() -> impl Strategy<Value = Mismatch> {
-    any::<(u64, u32, u64, u32)>().prop_map(|(seq, device, start_sector, sectors)| Mismatch {
-        seq,
-        device,
-        start_sector,
-        sectors,
-    })
+    any::<(u64, u32, u64, u32, [u8; 32])>().prop_map(
+        |(seq, device, start_sector, sectors, hash)| Mismatch {
+            seq,
+            device,
+            start_sector,
+            sectors,
+            hash,
+        },
+    )
 }
 
 fn message() -> impl Strategy<Value = Message> {
@@ -181,6 +186,22 @@ fn message() -> impl Strategy<Value = Message> {
                     mirrored,
                 })
             ),
+        any::<(u64, [u8; 16], [u8; 16])>().prop_map(|(seq, source, target)| Message::Proof(
+            Proof {
+                seq,
+                source,
+                target
+            }
+        )),
+        (any::<(u32, u64, u16, u64)>(), text()).prop_map(
+            |((device, number, code, unix_ms), text)| Message::Alarm(Alarm {
+                device,
+                number,
+                code: Code(code),
+                unix_ms,
+                text
+            })
+        ),
         any::<u64>().prop_map(Message::Ping),
         any::<u64>().prop_map(Message::Pong),
     ]
@@ -327,7 +348,8 @@ fn limits_hold_on_encode_and_decode() {
             seq: 1,
             device: 1,
             start_sector: 0,
-            sectors: 8
+            sectors: 8,
+            hash: [0; 32]
         };
         limits::RANGES_MAX + 1
     ];

@@ -191,6 +191,7 @@ fn messages_of_version_1() {
         device: 2,
         start_sector: 3,
         sectors: 4,
+        hash: [0xcc; 32],
     }];
     assert_golden(
         "Verified",
@@ -209,6 +210,27 @@ fn messages_of_version_1() {
         mirrored: vec![3, 4],
     };
     assert_golden("Past", 5, 0, &Message::Past(past), PAST);
+    let prove = Marker::Prove { link: [0xab; 16] };
+    assert_golden("Prove", 5, 6, &Message::Marker(prove), PROVE);
+    let cleared = Marker::Cleared {
+        device: 7,
+        number: 8,
+    };
+    assert_golden("Cleared", 5, 6, &Message::Marker(cleared), CLEARED);
+    let proof = Proof {
+        seq: 5,
+        source: [0xab; 16],
+        target: [0xcd; 16],
+    };
+    assert_golden("Proof", 5, 0, &Message::Proof(proof), PROOF);
+    let alarm = Alarm {
+        device: 7,
+        number: 8,
+        code: Code::VOLUME_CHANGED,
+        unix_ms: 9,
+        text: "no".into(),
+    };
+    assert_golden("Alarm", 5, 0, &Message::Alarm(alarm), ALARM);
     assert_golden("Ping", 5, 0, &Message::Ping(0xabcd), PING);
 }
 
@@ -324,12 +346,42 @@ const ACK: &str = "\
 03000000000000000400000000000000
 ";
 const VERIFIED: &str = "\
-44544c50b6d14166402e783301003100
+44544c50ab9b611812f7fdac01003100
 00000000000000000500000000000000
-00000000000000002800000000000000
+00000000000000004800000000000000
 09000000000000000100000000000000
 01000000000000000200000003000000
-0000000004000000
+0000000004000000cccccccccccccccc
+cccccccccccccccccccccccccccccccc
+cccccccccccccccc
+";
+const PROVE: &str = "\
+44544c50482a40756825350701001300
+00000000000000000500000000000000
+06000000000000001400000000000000
+08000000abababababababababababab
+abababab
+";
+const CLEARED: &str = "\
+44544c503e2755c8b1b7bd9601001300
+00000000000000000500000000000000
+06000000000000001000000000000000
+09000000070000000800000000000000
+";
+const PROOF: &str = "\
+44544c50b1930808207666f901003400
+00000000000000000500000000000000
+00000000000000002800000000000000
+0500000000000000abababababababab
+ababababababababcdcdcdcdcdcdcdcd
+cdcdcdcdcdcdcdcd
+";
+const ALARM: &str = "\
+44544c5023a5cf94106b501201003500
+00000000000000000500000000000000
+00000000000000002000000000000000
+07000000080000000000000016000900
+00000000000002000000000000006e6f
 ";
 const PAST: &str = "\
 44544c50c5d6cf537a8d28d501003800

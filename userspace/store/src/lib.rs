@@ -11,6 +11,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod log;
+
 use std::fs::File;
 use std::io::{self, IoSlice, Read};
 use std::path::{Path, PathBuf};

@@ -4,12 +4,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Time that only goes forward.
 pub trait Clock: Send + Sync {
     /// Time since some moment in the past.
     fn now(&self) -> Duration;
+
+    /// The wall clock in milliseconds since 1970, for people only.
+    fn unix_ms(&self) -> u64 {
+        u64::try_from(self.now().as_millis()).unwrap_or(u64::MAX)
+    }
 }
 
 /// The clock of this machine.
@@ -24,6 +29,11 @@ impl Default for RealClock {
 impl Clock for RealClock {
     fn now(&self) -> Duration {
         self.0.elapsed()
+    }
+
+    fn unix_ms(&self) -> u64 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
     }
 }
 

@@ -24,6 +24,8 @@ pub mod catalog;
 pub mod clock;
 pub mod config;
 pub mod confine;
+mod findings;
+mod guard;
 pub mod journal;
 pub mod outlet;
 pub mod overlay;

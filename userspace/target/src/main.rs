@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use dtloop_core::set::{Consistent, Phase};
 use dtloop_store as state_file;
-use dtloop_target::applier::Saved;
+use dtloop_target::applier::{ACCEPT_FILE, Saved};
 use dtloop_target::catalog::Catalog;
 use dtloop_target::config::{CONFIG_PATH, Config, ResyncPolicy, Size, VolumeConfig};
 use dtloop_target::confine::confine;
@@ -80,6 +80,15 @@ enum Command {
         /// Name of the source, as "dttarget peers" shows it.
         name: String,
     },
+    /// Follow the next source of this set, although the target knows a newer or another past of it. Its volumes are
+    /// overwritten where they differ.
+    Accept {
+        /// Name of the set.
+        set: String,
+        /// Identifier of the source, if several have a set of that name.
+        #[arg(long)]
+        source: Option<String>,
+    },
     /// Read the configuration and say what is wrong with it.
     CheckConfig,
 }
@@ -122,6 +131,11 @@ enum VolumeCommand {
         /// For programs.
         #[arg(long)]
         json: bool,
+    },
+    /// Take a volume that was changed or replaced, to be overwritten where it differs. Stop dttarget first.
+    Accept {
+        /// Name of the volume.
+        name: String,
     },
     /// End the ownership of a volume, so that another source can have it. Stop dttarget first.
     Unbind {
@@ -193,6 +207,8 @@ fn run(cli: &Cli) -> Result<()> {
             json,
         }) => settle(&config, name, *discard_staged, *json),
         Command::Volume(VolumeCommand::Unbind { name }) => unbind(&config, name),
+        Command::Volume(VolumeCommand::Accept { name }) => accept_volume(&config, name),
+        Command::Accept { set, source } => accept(&config, set, source.as_deref()),
     }
 }
 
@@ -311,7 +327,9 @@ fn shown(config: &Config, catalog: &Catalog, volume: &VolumeConfig) -> Result<Sh
     if let Some(item) = state.volumes.get(&volume.name) {
         use dtloop_core::set::Sync;
         shown.in_sync = state.in_sync(&volume.name);
-        shown.reason = item.refused.as_ref().map(|(_, text)| text.clone());
+        let alarm = item.alarm.as_ref().map(|alarm| &alarm.text);
+        let reason = item.refused.as_ref().map(|(_, text)| text).or(alarm);
+        shown.reason = reason.cloned();
         let phase = state.phase_of(&volume.name);
         let staged = state
             .stage
@@ -328,6 +346,7 @@ fn shown(config: &Config, catalog: &Catalog, volume: &VolumeConfig) -> Result<Sh
             _ if item.refused.is_some() => "refused",
             Sync::Unmirrored => "unmirrored",
             Sync::Mirroring => "mirror in progress",
+            Sync::Mirrored if item.alarm.is_some() => "verify needed",
             Sync::Mirrored if state.lost.is_some() => "order lost",
             Sync::Mirrored => "in sync",
         };
@@ -443,6 +462,58 @@ fn settle(config: &Config, name: &str, discard_staged: bool, json: bool) -> Resu
         out,
         "The volumes can be used. The source may not overwrite them until they are unbound."
     )?;
+    Ok(())
+}
+
+/// Leaves word for the set, whether dttarget runs or not.
+fn accept(config: &Config, set: &str, source: Option<&str>) -> Result<()> {
+    peers::act_as_owner(&config.state_dir)?;
+    let sets = config.state_dir.join("sets");
+    let mut found = vec![];
+    for entry in
+        std::fs::read_dir(&sets).with_context(|| format!("Cannot read {}", sets.display()))?
+    {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // Names of sets may have dots, identifiers have none.
+        if let Some((name, id)) = name.rsplit_once('.') {
+            if name == set && source.is_none_or(|source| id.starts_with(source)) {
+                found.push((id.to_owned(), entry.path()));
+            }
+        }
+    }
+    let (id, dir) = match &found[..] {
+        [] => bail!("No source has a set \"{set}\" here"),
+        [one] => one,
+        _ => bail!(
+            "{} sources have a set \"{set}\"; name one with --source",
+            found.len()
+        ),
+    };
+    std::fs::write(dir.join(ACCEPT_FILE), [])?;
+    state_file::sync_dir(dir)?;
+    println!(
+        "The next source {id} with a set \"{set}\" is followed, whatever its past. What differs is overwritten."
+    );
+    Ok(())
+}
+
+fn accept_volume(config: &Config, name: &str) -> Result<()> {
+    peers::act_as_owner(&config.state_dir)?;
+    let _lock = lock_state_dir(&config.state_dir)?;
+    let catalog = Catalog::new(&config.state_dir, config.volumes.clone());
+    let Some(owner) = catalog.owner(name)? else {
+        bail!("Volume \"{name}\" belongs to nobody, so there is nothing to accept")
+    };
+    let path = set_dir(&config.state_dir, owner.source_id, &owner.set).join("state");
+    let Some(mut saved) = state_file::load::<Saved>(&path)? else {
+        bail!("Nothing is known of volume \"{name}\"")
+    };
+    saved.state.accept_volume(name);
+    state_file::store(&path, &saved)?;
+    println!(
+        "Volume \"{name}\" is taken as it is now. The source compares it when it connects, and overwrites what differs."
+    );
     Ok(())
 }
 

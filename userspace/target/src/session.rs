@@ -9,6 +9,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use dtloop_core::binding::Refusal;
+use dtloop_core::chain::Link;
 use dtloop_core::sequence::{Arrival, Hole, Sequencer};
 use dtloop_core::set::Admission;
 use dtloop_journal::{AppendError, BatchInfo, Position};
@@ -17,7 +18,7 @@ use dtloop_proto::frame::FrameError;
 use dtloop_proto::header::HEADER_BYTES;
 use dtloop_proto::limits::{BODY_BYTES_MAX, FRAME_BYTES_MAX};
 use dtloop_proto::message::{
-    HandshakeOption, Hello, Notice, OPTION_IN_PLACE, Refuse, Welcome, bounded_text,
+    HandshakeOption, Hello, Notice, OPTION_CHAIN, OPTION_IN_PLACE, Refuse, Welcome, bounded_text,
 };
 use dtloop_proto::packed::OPTION_CODECS;
 use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
@@ -325,6 +326,7 @@ fn welcome(
         value: Codec::ALL.iter().map(|codec| *codec as u8).collect(),
     }];
     options.extend(entered.staging.option());
+    options.extend(entered.link.map(chain_option));
     let welcome = Welcome {
         version,
         software: crate::software(),
@@ -348,6 +350,11 @@ fn welcome(
         "Set \"{set}\" is connected; it goes on at record {}.",
         writer.sequence.next()
     );
+    // Comes behind everything that was there before, and before what this connection brings.
+    writer
+        .commands
+        .send(Command::Welcomed)
+        .map_err(|_| gone())?;
     let spare = std::mem::take(&mut writer.stash);
     Ok(Session {
         id,
@@ -357,6 +364,14 @@ fn welcome(
         spare,
         unpacker: Unpacker::default(),
     })
+}
+
+/// Everything received is applied when a source is welcomed, so the link is that of the last durable record.
+fn chain_option(link: Link) -> HandshakeOption {
+    HandshakeOption {
+        key: OPTION_CHAIN,
+        value: link.to_vec(),
+    }
 }
 
 struct Session {

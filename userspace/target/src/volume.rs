@@ -6,24 +6,28 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dtloop_core::binding::Refusal;
+use dtloop_core::identity::{Pending, VolumeIdentity, examine};
 use dtloop_disk::{Disk, DiskFile};
 use dtloop_proto::Code;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 
 use crate::config::VolumeConfig;
+use crate::guard::Guard;
 
 /// An open volume.
 pub struct Volume {
     name: String,
+    path: PathBuf,
     file: Arc<dyn DiskFile>,
     bytes: u64,
     dirty: AtomicBool,
+    guard: Guard,
 }
 
 impl fmt::Debug for Volume {
@@ -167,11 +171,13 @@ impl Volume {
                 },
             )?;
         let mut bytes = (&*file).seek(SeekFrom::End(0)).map_err(io)?;
-        if let Some(size) = config.size.filter(|size| !is_device && bytes < size.0) {
+        let larger = config.size.filter(|size| !is_device && bytes < size.0);
+        let guard = Guard::new(&file, larger.map_or(bytes, |size| size.0)).map_err(io)?;
+        if let Some(size) = larger {
             file.set_len(size.0).map_err(io)?;
             bytes = size.0;
         }
-        Ok(Self::new(name, Arc::new(Locked(file)), bytes))
+        Ok(Self::new(config, Arc::new(Locked(file)), bytes, guard))
     }
 
     /// Opens a volume on a disk of which nobody else knows, as a simulation does.
@@ -193,17 +199,58 @@ impl Volume {
             disk.sync_dir(dir).map_err(failed)?;
             bytes = size.0;
         }
-        Ok(Self::new(name, file, bytes))
+        Ok(Self::new(config, file, bytes, Guard::simulated(bytes)))
     }
 
-    fn new(name: &str, file: Arc<dyn DiskFile>, bytes: u64) -> Self {
+    fn new(config: &VolumeConfig, file: Arc<dyn DiskFile>, bytes: u64, guard: Guard) -> Self {
         Self {
-            name: name.to_owned(),
+            name: config.name.clone(),
+            path: config.path.clone(),
             file,
             bytes,
             // A new length is not durable, and what a former process wrote may not be.
             dirty: AtomicBool::new(true),
+            guard,
         }
+    }
+
+    /// Whether it is the volume that is known, as it was left. To be asked before it is written to; it looks once.
+    ///
+    /// # Errors
+    ///
+    /// The refusal to be told to the source.
+    pub fn examine(
+        &mut self,
+        known: Option<&VolumeIdentity>,
+        pending: &dyn Pending,
+    ) -> Result<(), Refusal> {
+        if self.guard.is_examined {
+            return Ok(());
+        }
+        if let Some(known) = known {
+            let found = self.guard.found(&*self.file, self.bytes, known);
+            let place = self.path.display().to_string();
+            examine(known, &found, pending, &self.name, &place)?;
+        }
+        self.guard.is_examined = true;
+        // It may have been enlarged just now.
+        self.guard.on_written();
+        Ok(())
+    }
+
+    /// What it is known by from here on. Meant for moments at which it is durable.
+    pub fn identity(&mut self) -> VolumeIdentity {
+        self.guard.identity(&*self.file, self.bytes)
+    }
+
+    /// Whether somebody else wrote to it since this program last did, as far as that can be told.
+    pub fn is_disturbed(&mut self) -> bool {
+        self.guard.is_disturbed()
+    }
+
+    /// This program stops writing for now.
+    pub fn settle(&mut self) {
+        self.guard.settle();
     }
 
     /// Its name.
@@ -225,6 +272,7 @@ impl Volume {
     /// Those of the file or device.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.dirty.store(true, Ordering::Relaxed);
+        self.guard.on_change(offset, data.len() as u64);
         self.file.write_at(&mut [IoSlice::new(data)], offset)
     }
 
@@ -238,6 +286,7 @@ impl Volume {
             return Ok(());
         }
         self.dirty.store(true, Ordering::Relaxed);
+        self.guard.on_change(offset, bytes);
         self.file.zero(offset, bytes)
     }
 

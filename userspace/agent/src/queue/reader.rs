@@ -6,9 +6,7 @@ use std::sync::Arc;
 
 use dtloop_core::spool::Batch;
 use dtloop_journal::{Position, Reader};
-use dtloop_proto::header::HEADER_BYTES;
-use dtloop_proto::record::RECORD_BYTES;
-use dtloop_proto::{Decoded, Frame, RecordBody, decode};
+use dtloop_proto::{Decoded, Frame, RecordBody, RecordKind, decode};
 
 use super::Home;
 
@@ -24,18 +22,14 @@ pub struct QueueReader {
 pub struct Stored<'a> {
     /// Its number.
     pub seq: u64,
+    /// The form in which it travels.
+    pub kind: RecordKind,
     /// Its body.
     pub body: RecordBody,
+    /// Its payload, in that form.
+    pub payload: &'a [u8],
     /// Its frame, whose session is 0.
     pub frame: &'a [u8],
-}
-
-impl Stored<'_> {
-    /// Length of its payload in bytes.
-    #[must_use]
-    pub fn payload_bytes(&self) -> usize {
-        self.frame.len().saturating_sub(HEADER_BYTES + RECORD_BYTES)
-    }
 }
 
 impl QueueReader {
@@ -98,12 +92,19 @@ pub fn stored(frames: &[u8]) -> Result<(Stored<'_>, usize), String> {
     match decode(frames) {
         Ok(Decoded::Complete {
             header,
-            frame: Frame::Record { body, .. },
+            frame:
+                Frame::Record {
+                    kind,
+                    body,
+                    payload,
+                },
             bytes,
         }) => {
             let stored = Stored {
                 seq: header.seq,
+                kind,
                 body,
+                payload,
                 frame: &frames[..bytes],
             };
             Ok((stored, bytes))

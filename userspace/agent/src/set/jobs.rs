@@ -12,6 +12,7 @@ use dtloop_proto::limits::SECTOR_BYTES;
 use dtloop_proto::message::{Marker, VolumeSync};
 use nix::errno::Errno;
 
+use super::verify::Turn;
 use super::{End, PUBLISH_EVERY, REQUESTS_PER_TURN, RESYNC_RETRY, Session, Worker};
 use crate::snapshot::unix_ms;
 
@@ -66,11 +67,16 @@ impl Worker {
     ) -> Result<bool, End> {
         self.drive_events(stream, session)?;
         self.settle_regions(stream)?;
-        let Some(planner) = &mut self.planner else {
-            return Ok(false);
-        };
         for _ in 0..REQUESTS_PER_TURN {
-            let Some(mut request) = planner.next_request() else {
+            let Some(mut request) = self.planner.as_ref().and_then(Planner::next_request) else {
+                break;
+            };
+            match self.verify_waits(request.sectors) {
+                Turn::Now => {}
+                Turn::Soon => return Ok(true),
+                Turn::Later => return Ok(false),
+            }
+            let Some(planner) = &mut self.planner else {
                 break;
             };
             let now = self.shaper.now();
@@ -85,6 +91,7 @@ impl Worker {
                 Ok(taken) => {
                     self.shaper.mirror.on_asked(taken * SECTOR_BYTES, now);
                     planner.on_taken(&request, taken);
+                    self.pay(taken);
                 }
                 Err(error) => planner.fail(format!("{error}; start again")),
             }
@@ -101,6 +108,27 @@ impl Worker {
         let kind = self.planner.as_ref().map(|planner| planner.state().kind);
         let is_mirror = kind.is_some_and(JobKind::is_mirror);
         let position = session.core.next_to_send();
+        match *event {
+            // A recovery looks at the marked regions only, which says nothing about an alarm.
+            _ if kind == Some(JobKind::Recover) => {}
+            Event::DeviceBegins { device } => {
+                let number = self.memory.alarm_number(device);
+                if let Some(planner) = &mut self.planner {
+                    planner.set_alarm_number(number);
+                }
+            }
+            Event::DeviceDone { device } => {
+                let items = self
+                    .planner
+                    .as_ref()
+                    .map(|planner| &planner.state().devices);
+                let item = items.and_then(|items| items.iter().find(|item| item.device == device));
+                if let Some(item) = item.cloned() {
+                    self.settle_alarm(session, &item)?;
+                }
+            }
+            Event::Over => {}
+        }
         match *event {
             Event::DeviceBegins { device } if is_mirror => {
                 self.memory.set_mirrored(device, false);
@@ -156,12 +184,20 @@ impl Worker {
             );
         }
         self.memory.job = Some(state.clone());
+        self.note_scheduled_end(&state);
+        let mut results = vec![];
         if let Some(job) = &mut self.job {
             job.state = state.clone();
             job.finished = Some(job.started.elapsed());
             job.finished_unix_ms = unix_ms();
             job.to_seq = stream.ring().next_seq();
             let job = &*job;
+            if job.state.kind.is_verify() {
+                let items = job.state.devices.iter();
+                results = items
+                    .map(|item| (job.state.id, job.verify_result(item, 0)))
+                    .collect();
+            }
             if job.state.kind == JobKind::Recover {
                 for item in &job.state.devices {
                     let recovery = job.recovery(item);
@@ -179,23 +215,10 @@ impl Worker {
                     self.last_recovery.retain(|other| other.label != item.label);
                     self.last_recovery.push(recovery);
                 }
-            } else if !job.state.kind.is_mirror() {
-                for item in &job.state.devices {
-                    let result = job.verify_result(item, 0);
-                    tracing::info!(
-                        "Set \"{}\", volume \"{}\": verified {} bytes from record {} to {}, {} differed, {} repaired.",
-                        self.config.name,
-                        item.label,
-                        result.compared_bytes,
-                        result.from_seq,
-                        result.to_seq,
-                        result.differing_bytes,
-                        result.repaired_bytes
-                    );
-                    self.last_verify.retain(|other| other.label != item.label);
-                    self.last_verify.push(result);
-                }
             }
+        }
+        for (id, result) in results {
+            self.note_result(id, result);
         }
         self.published = Instant::now() - PUBLISH_EVERY;
         if state.kind == JobKind::Recover {
@@ -272,6 +295,7 @@ impl Worker {
                 Step::Declare { at } => {
                     let marker = Message::Marker(Marker::OrderRestored);
                     session.outbox.message(session.id, at, &marker)?;
+                    self.verifier.outside.on_restored(at);
                     self.whole_at = self.whole_at.max(at);
                     self.resync.on_declared();
                 }

@@ -242,10 +242,8 @@ impl Worker {
                 sent.live_ns = Some(record.body.time_ns);
             }
             self.after_record(seq, &record.body);
-            if sent.live_ns.is_none() && record.body.op != Op::Sync {
-                sent.live_ns = Some(record.body.time_ns);
-            }
-            sent.bytes += record.payload_bytes() as u64;
+            self.on_content(seq, record.kind, &record.body, record.payload);
+            sent.bytes += record.payload.len() as u64;
             seq += 1;
         }
         Ok(Packed {
@@ -253,6 +251,44 @@ impl Worker {
             sent,
             fault: None,
         })
+    }
+
+    /// Adds records to the hash chain that a former agent sent, from `first` on and up to `last` at most, wherever they are.
+    pub(super) fn chain_stored(
+        &mut self,
+        stream: &dyn CaptureStream,
+        first: u64,
+        last: u64,
+    ) -> Result<(), End> {
+        let ring = stream.ring();
+        let queue = self.queue.as_mut();
+        let place = match &queue {
+            Some(queue) => queue.place(first, ring.released()),
+            None if first < ring.released() => Place::Missing { to: first },
+            None => Place::Ring,
+        };
+        match (place, queue) {
+            (Place::Queue(batch), Some(queue)) => {
+                // What cannot be read is no part of the chain, which then begins anew.
+                let frames = queue.read(&batch).unwrap_or_default();
+                let mut rest = &frames[..];
+                while let Ok((record, bytes)) = stored(rest) {
+                    rest = &rest[bytes..];
+                    if (first..=last).contains(&record.seq) {
+                        let (kind, body) = (record.kind, &record.body);
+                        self.chain.chain.add(record.seq, kind, body, record.payload);
+                    }
+                }
+            }
+            (Place::Ring, _) => match ring.hold(first) {
+                Ok(hold) => self.chain_held(&hold, first, last)?,
+                // It has just gone into the queue.
+                Err(Error::OutOfRange { .. }) => {}
+                Err(error) => return Err(error.into()),
+            },
+            _ => {}
+        }
+        Ok(())
     }
 
     fn on_unreadable(&mut self, seq: u64, batch: &Batch<Position>, reason: String) {

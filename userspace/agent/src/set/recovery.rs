@@ -111,6 +111,7 @@ impl Worker {
             session.outbox.message(session.id, position, &marker)?;
             let last = position.saturating_sub(1);
             self.lost.get_or_insert((last.max(1), last));
+            self.verifier.outside.on_loss(last);
             covered.push(id);
         }
         if !covered.is_empty() {
@@ -159,6 +160,7 @@ impl Worker {
         if suspect.is_empty() {
             return Ok(false);
         }
+        self.stop_verification();
         if self.planner.is_none() {
             self.start_recovery(stream, &suspect, "a comparison was not completed");
         }

@@ -54,6 +54,7 @@ impl Worker {
         kind: JobKind,
     ) -> Result<u64, Failure> {
         let stream = stream.ok_or_else(|| self.no_stream())?;
+        self.suspend_scheduled();
         if let Some(planner) = &self.planner {
             let message = format!(
                 "Job {} is under way on set \"{}\"; wait for it, or stop it with dtloop mirror stop.",
@@ -127,7 +128,7 @@ impl Worker {
         let Some(planner) = &mut self.planner else {
             return Err(self.nothing_to_do());
         };
-        planner.fail("An operator stopped it");
+        planner.fail(super::STOPPED);
         let (id, is_mirror) = (planner.state().id, planner.state().kind.is_mirror());
         let items = planner.state().devices.clone();
         for item in items.iter().filter(|item| is_mirror && !item.ended) {

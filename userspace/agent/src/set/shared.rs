@@ -3,9 +3,10 @@
 //! What the set's thread shares with the control socket.
 
 use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use dtloop_api::{Bandwidth, BandwidthChange, DeviceState, Failure};
@@ -70,6 +71,7 @@ pub struct SetShared {
     /// A command is waiting for which a send must not be waited for.
     pub(super) urgent: AtomicBool,
     stop: AtomicBool,
+    verify_log: OnceLock<PathBuf>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -92,7 +94,20 @@ impl SetShared {
             watchers: AtomicUsize::new(0),
             urgent: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            verify_log: OnceLock::new(),
         })
+    }
+
+    /// Says where the log of verifications is.
+    pub(super) fn set_verify_log(&self, path: &Path) {
+        // There is one thread of a set, which says it once.
+        let _ = self.verify_log.set(path.to_owned());
+    }
+
+    /// Where the log of verifications is.
+    #[must_use]
+    pub fn verify_log(&self) -> Option<&Path> {
+        self.verify_log.get().map(PathBuf::as_path)
     }
 
     /// Asks the thread for something.

@@ -62,11 +62,17 @@ impl Worker {
             session.link.receive()?;
             self.take_messages(stream, session)?;
             self.release(stream, session)?;
+            if std::mem::take(&mut self.renew_chain) {
+                let reason = "the hash chain begins anew";
+                return Err(LinkError::Io(std::io::Error::other(reason)).into());
+            }
             self.tend_intents(stream, session)?;
             let next = session.core.next_to_send();
             self.shaper
                 .tick(|| stream.ring().desc(next).ok().map(|desc| desc.time_ns));
+            self.tend_timetable(stream);
             let waits = self.drive(stream, session)?;
+            self.prove(session)?;
             self.restore_order(session.core.ack().applied_seq);
             if self.send_records(stream, session)? {
                 quiet = false;
@@ -103,7 +109,7 @@ impl Worker {
             let record = hold.record(seq)?;
             let body = body_of(&record.desc)?;
             self.before_record(stream, session, &body)?;
-            session
+            let form = session
                 .outbox
                 .record(session.id, &record.desc, record.payload)?;
             if seq == first {
@@ -113,6 +119,8 @@ impl Worker {
                 sent.live_ns = Some(record.desc.time_ns);
             }
             self.after_record(seq, &body);
+            let (kind, content) = form.parts(&body, record.payload);
+            self.on_content(seq, kind, &body, content);
             sent.bytes += record.payload.len() as u64;
             seq += 1;
         }
@@ -201,7 +209,7 @@ impl Worker {
             Op::Attach if known => vec![],
             Op::Attach => vec![body.device],
             Op::Resize => {
-                self.on_resize(stream, body);
+                self.on_resize(stream, session.core.next_to_send(), body);
                 vec![body.device]
             }
             Op::Gap if body.flags & F_DEVICES != 0 => {
@@ -238,7 +246,7 @@ impl Worker {
         Ok(())
     }
 
-    pub(super) fn on_resize(&mut self, stream: &dyn CaptureStream, body: &RecordBody) {
+    pub(super) fn on_resize(&mut self, stream: &dyn CaptureStream, seq: u64, body: &RecordBody) {
         let (before, after) = (body.start_sector, body.aux);
         if let Some(planner) = &mut self.planner {
             planner.on_resize(body.device, after);
@@ -256,6 +264,7 @@ impl Worker {
                     body.device
                 );
             }
+            self.verifier.outside.on_loss(seq);
             self.resync.on_loss();
         }
     }
@@ -288,6 +297,7 @@ impl Worker {
         } else if body.loses_order() {
             let (from, last) = self.lost.unwrap_or((seq, seq));
             self.lost = Some((from, last.max(seq)));
+            self.verifier.outside.on_loss(seq);
             self.resync.on_loss();
         }
     }
@@ -298,6 +308,9 @@ impl Worker {
         session: &Session,
     ) -> Result<(), End> {
         let ring = stream.ring();
+        // Before ring or queue let go of what the next agent would need to go on with the chain.
+        self.chain
+            .keep(self.memory.stream_uuid, session.core.releasable() - 1);
         self.tell_acked(session);
         if session.core.releasable() > ring.released() {
             ring.release(session.core.releasable())?;
@@ -329,17 +342,11 @@ impl Worker {
                     if let Some(planner) = &mut self.planner {
                         planner.on_durable(ack.durable_seq);
                     }
+                    self.log_findings(None);
                 }
-                Message::Verified(verified) => {
-                    let differing: Vec<u64> = verified
-                        .mismatches
-                        .iter()
-                        .map(|mismatch| mismatch.seq)
-                        .collect();
-                    if let Some(planner) = &mut self.planner {
-                        planner.on_verified(verified.through_seq, &differing);
-                    }
-                }
+                Message::Verified(verified) => self.on_verified(&verified),
+                Message::Proof(proof) => self.on_proof(&proof),
+                Message::Alarm(alarm) => self.on_target_alarm(&alarm),
                 Message::Volumes(volumes) => {
                     self.reports = volumes.volumes;
                     for report in self.reports.iter().filter(|report| report.code != Code::OK) {

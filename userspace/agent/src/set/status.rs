@@ -6,13 +6,16 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, raw};
-use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, Rates, SetStatus};
+use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, ProofStatus, Rates, SetStatus};
 use dtloop_core::mirror::JobKind;
 use dtloop_proto::Code;
 use dtloop_proto::message::{StagingPhase, VolumeSync};
 
 use super::{BUSY_WAIT, End, Measured, PUBLISH_EVERY, RATES_EVERY_MS, Session, Worker, lock};
 use crate::snapshot::{Snapshot, ms, unix_ms};
+
+/// Differing extents of the last verification that the status lists; all are in the log.
+const EXTENTS_IN_STATUS: usize = 16;
 
 impl Worker {
     pub(super) fn publish_if_due(
@@ -60,6 +63,7 @@ impl Worker {
             self.fill_positions(&mut snapshot.status, stream, session);
             snapshot.status.staging = self.staging_status();
             if let Ok(devices) = stream.devices() {
+                self.watch(&devices);
                 snapshot.status.devices = devices
                     .iter()
                     .map(|device| self.device_status(device))
@@ -67,6 +71,12 @@ impl Worker {
             }
         }
         snapshot.job.clone_from(&self.job);
+        snapshot.status.proven = self.memory.proven.map(|proven| ProofStatus {
+            seq: proven.seq,
+            unix_ms: proven.unix_ms,
+            since_seq: proven.since_seq,
+        });
+        snapshot.status.verify_schedule = self.schedule_status();
         let states = || snapshot.status.devices.iter().map(|device| &device.state);
         // What is staged is not in the volumes, where who waits will look for it.
         let direct = self.staging.phase == StagingPhase::Direct;
@@ -77,7 +87,10 @@ impl Worker {
             && self.resync.is_idle()
             && states().all(DeviceState::is_consistent);
         let stuck = |device: &&DeviceStatus| {
-            matches!(device.state, DeviceState::MirrorNeeded | DeviceState::Error)
+            matches!(
+                device.state,
+                DeviceState::MirrorNeeded | DeviceState::VerifyNeeded { .. } | DeviceState::Error
+            )
         };
         snapshot.hopeless = snapshot.status.devices.iter().find(stuck).map(|device| {
             format!(
@@ -181,7 +194,11 @@ impl Worker {
             reason,
             dirty_blocks: device.dirty_blocks,
             dirty_bytes: device.dirty_blocks * u64::from(device.dirty_block_bytes),
-            last_verify: last_verify.map(|result| dtloop_api::VerifyResult { number, ..result }),
+            last_verify: last_verify.map(|mut result| {
+                result.extents.truncate(EXTENTS_IN_STATUS);
+                dtloop_api::VerifyResult { number, ..result }
+            }),
+            alarm: self.alarm_status(device),
         }
     }
 
@@ -216,7 +233,8 @@ impl Worker {
         let item = item.filter(|item| !item.ended);
         if let (Some(job), Some(item)) = (job, item) {
             let recovers = job.state.kind == JobKind::Recover && mirrored;
-            if job.state.kind.is_mirror() || recovers || (mirrored && self.lost.is_none()) {
+            let is_quiet = self.alarm_status(device).is_none() && self.lost.is_none();
+            if job.state.kind.is_mirror() || recovers || (mirrored && is_quiet) {
                 return (job.device_state(item), job.state.reason.clone());
             }
         }
@@ -229,6 +247,10 @@ impl Worker {
                 _ => "it was never mirrored; run dtloop mirror start".to_owned(),
             };
             return (DeviceState::MirrorNeeded, reason);
+        }
+        if let Some(alarm) = self.alarm_status(device) {
+            let pass = self.verify_pass(device.device_id);
+            return (DeviceState::VerifyNeeded { pass }, alarm.text);
         }
         let dirty = device.dirty_blocks > 0;
         if dirty || self.lost.is_some() {

@@ -11,6 +11,7 @@ use dtloop_api::{
 };
 
 use super::progress::Display;
+use super::verify_log;
 use super::{Context, attached, find_device};
 use crate::args::{Mirror, Resync, Selection, Verify, Wait, loop_number};
 use crate::exit::Code;
@@ -66,6 +67,9 @@ pub(crate) fn mirror(context: &Context<'_>, args: &Mirror) -> anyhow::Result<Cod
 }
 
 pub(crate) fn verify(context: &Context<'_>, args: &Verify) -> anyhow::Result<Code> {
+    if args.log {
+        return verify_log::run(context, &args.selection.set.to_string(), args.most);
+    }
     let (set, devices) = select(context, &args.selection)?;
     let request = Request::Verify {
         set,
@@ -179,7 +183,9 @@ fn judge(outcome: &Outcome, done: &str) -> Result<(String, Code), ClientError> {
         Outcome::Mirror(results) => both(results.iter().map(mirrored).collect()),
         Outcome::Verify(results) => both(results.iter().map(verified).collect()),
         Outcome::Wait(result) => (waited(result), Code::Done),
-        Outcome::Status(_) | Outcome::Bandwidth(_) => return Err(ClientError::Unexpected),
+        Outcome::Status(_) | Outcome::Bandwidth(_) | Outcome::VerifyLog(_) => {
+            return Err(ClientError::Unexpected);
+        }
     })
 }
 
@@ -230,11 +236,23 @@ fn verified(result: &VerifyResult) -> (String, Code) {
         return (line, Code::Done);
     }
     let mut text = format!("{name}: {differing} differ, {compared}\n");
-    for extent in &result.extents {
-        text += &format!("  at byte {}, {} bytes\n", extent.start, extent.bytes);
+    for extent in result.extents.iter().take(EXTENTS_SHOWN) {
+        text += &format!(
+            "  at byte {}, {} bytes, compared at record {}\n",
+            extent.start, extent.bytes, extent.last_seq
+        );
+    }
+    if result.extents.len() > EXTENTS_SHOWN {
+        text += &format!(
+            "  and {} more ranges; --json lists them, dtloop verify --log shows both sides\n",
+            result.extents.len() - EXTENTS_SHOWN
+        );
     }
     (text, Code::Differs)
 }
+
+/// Differing ranges that are shown: enough to see a pattern, few enough for one screen.
+const EXTENTS_SHOWN: usize = 16;
 
 fn waited(result: &WaitResult) -> String {
     format!(
@@ -262,6 +280,8 @@ mod tests {
             extents: vec![ByteRange {
                 start: 4096,
                 bytes: 4096,
+                first_seq: 7,
+                last_seq: 7,
             }],
             from_seq: 1,
             to_seq: 2,
@@ -288,9 +308,14 @@ mod tests {
         let (text, _) = verified(&result(4096, 0));
         let expected = "\
 loop1 (vol): 4 KiB differ, 1 GiB compared in 2.0s
-  at byte 4096, 4096 bytes
+  at byte 4096, 4096 bytes, compared at record 7
 ";
         assert_eq!(text, expected);
+        let mut many = result(4096, 0);
+        many.extents = vec![many.extents[0]; 1000];
+        let (text, _) = verified(&many);
+        assert_eq!(text.lines().count(), 18, "{text}");
+        assert!(text.contains("and 984 more ranges"), "{text}");
     }
 
     #[test]

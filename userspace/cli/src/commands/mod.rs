@@ -13,6 +13,7 @@ mod progress;
 mod resize;
 mod shaping;
 mod status;
+mod verify_log;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

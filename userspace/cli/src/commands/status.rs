@@ -7,6 +7,7 @@ use std::time::Duration;
 use dtloop_abi::{Found, raw};
 use dtloop_api::{
     ClientError, Connection, DeviceState, DeviceStatus, Ladder, QueueStatus, Rung, SetStatus,
+    VerifyResult,
 };
 use serde_json::{Map, Value, json};
 
@@ -16,7 +17,7 @@ use crate::args::Status;
 use crate::exit::Code;
 use crate::preflight::Refusals;
 use crate::system::DevNumber;
-use crate::{output, size};
+use crate::{clock, output, size};
 
 pub(crate) fn run(context: &Context<'_>, args: &Status) -> anyhow::Result<Code> {
     let picture = Picture::take(context, args.set.as_ref().map(dtloop_abi::Name::as_str))?;
@@ -330,6 +331,7 @@ impl Set {
             if agent.ladder.rung != Rung::Ring {
                 text += &format!("  ladder   {}\n", ladder(&agent.ladder));
             }
+            text += &trust(agent);
         }
         if let Some(intent) = &self.intent {
             text += &format!("  intent   {}\n", intent::text(intent));
@@ -379,6 +381,48 @@ fn target(set: &SetStatus) -> String {
         Connection::Refused { reason } => format!("{target}, refused: {reason}"),
         Connection::Idle { reason } => format!("{target}, idle: {reason}"),
     }
+}
+
+/// What speaks for the copy: the last proof, the last verifications, when the next one comes.
+fn trust(set: &SetStatus) -> String {
+    let mut text = String::new();
+    if let Some(proven) = set.proven {
+        text += &format!(
+            "  proven   both sides went through the same records up to {}, at {}\n",
+            proven.seq,
+            clock::text(proven.unix_ms)
+        );
+    }
+    for device in &set.devices {
+        if let Some(result) = &device.last_verify {
+            text += &format!("  verified {}\n", verified(device.number, result));
+        }
+    }
+    if let Some(schedule) = &set.verify_schedule {
+        let state = match schedule {
+            schedule if schedule.under_way => ", under way",
+            schedule if schedule.suspended => ", interrupted, goes on later",
+            _ => "",
+        };
+        text += &format!("  verify   {}{state}\n", schedule.text);
+    }
+    text
+}
+
+fn verified(number: u32, result: &VerifyResult) -> String {
+    let when = clock::text(result.finished_unix_ms);
+    let found = match result {
+        result if !result.complete => "not to its end".to_owned(),
+        result if result.differing_bytes == 0 => "identical".to_owned(),
+        result if result.is_identical() => {
+            format!(
+                "{} differed and were repaired",
+                size::bytes(result.differing_bytes)
+            )
+        }
+        result => format!("{} differ", size::bytes(result.differing_bytes)),
+    };
+    format!("loop{number} {when}: {found}")
 }
 
 fn ring(stream: &raw::StreamStatus) -> String {
@@ -472,7 +516,11 @@ impl Device {
                 (raw::DEVICE_BYPASSED, "bypassed: verify needed"),
                 (raw::DEVICE_DETACHING, "detaching"),
             ];
-            let set = flags.iter().filter(|(flag, _)| kernel.has(*flag));
+            // The module counts for as long as it is attached; the agent knows what was verified since.
+            let knows = |flag| flag == raw::DEVICE_BYPASSED && self.agent.is_some();
+            let set = flags
+                .iter()
+                .filter(|(flag, _)| kernel.has(*flag) && !knows(*flag));
             parts.extend(set.map(|(_, text)| (*text).to_owned()));
             if kernel.failed > 0 {
                 parts.push(format!("{} failed", output::count(kernel.failed, "change")));
@@ -631,6 +679,32 @@ set db
             state(DeviceState::Resyncing { pass }, ""),
             "resyncing 33 %, time left unknown"
         );
+    }
+
+    #[test]
+    fn an_alarm_is_said_once_and_by_who_knows() {
+        let mut agent = agent(
+            &DeviceState::VerifyNeeded { pass: None },
+            "since now: bypassed",
+        );
+        agent.proven = Some(dtloop_api::ProofStatus {
+            seq: 11,
+            unix_ms: 0,
+            since_seq: 0,
+        });
+        let mut picture = picture(Some(agent));
+        let kernel = picture.sets[0].devices[0].kernel.as_mut().unwrap();
+        kernel.flags |= raw::DEVICE_BYPASSED;
+        let text = picture.to_text();
+        assert_eq!(text.matches("bypassed").count(), 1, "{text}");
+        assert!(
+            text.contains("verify needed (since now: bypassed)"),
+            "{text}"
+        );
+        assert!(text.contains("same records up to 11"), "{text}");
+        assert!(!picture.all_in_sync());
+        picture.sets[0].devices[0].agent = None;
+        assert!(picture.to_text().contains("bypassed: verify needed"));
     }
 
     #[test]

@@ -87,6 +87,13 @@ impl Applier {
     ///
     /// [`Pause`]: to be called again with the same batch.
     pub fn apply(&mut self, batch: &Batch) -> Result<(), Pause> {
+        self.watch_volumes();
+        let applied = self.apply_items(batch);
+        self.settle_volumes();
+        applied
+    }
+
+    fn apply_items(&mut self, batch: &Batch) -> Result<(), Pause> {
         self.take_choice()?;
         self.write_again(Some(batch))?;
         loop {
@@ -102,8 +109,17 @@ impl Applier {
                     body,
                     payload: (start, end),
                 } => {
-                    self.apply_record(seq, kind, &body, &batch.buffer[start..end])?;
+                    let payload = &batch.buffer[start..end];
+                    self.apply_record(seq, kind, &body, payload)?;
+                    self.state.chain(kind, &body, payload);
                     self.state.on_record(seq, &body);
+                    self.cursor += 1;
+                }
+                Item::Marker {
+                    position,
+                    marker: Marker::Prove { link },
+                } => {
+                    self.prove(position, link);
                     self.cursor += 1;
                 }
                 Item::Marker { position, marker } => {
@@ -164,9 +180,9 @@ impl Applier {
         }
         if !self.fits(body.device, &action) {
             if kind == RecordKind::Hash {
-                self.note_compared(seq, body, false);
+                self.note_compared(seq, body, payload, [0; 32]);
             }
-            self.state.on_passed_by(body.device);
+            self.pass_by(body.device, &action);
             return Ok(());
         }
         match action {
@@ -181,9 +197,9 @@ impl Applier {
                 let mut scratch = std::mem::take(&mut self.scratch);
                 scratch.resize(usize::try_from(bytes).unwrap_or(0), 0);
                 let read = self.read(body.device, offset, &mut scratch);
-                let equal = read.map(|()| blake3::hash(&scratch).as_bytes() == hash);
+                let found = read.map(|()| *blake3::hash(&scratch).as_bytes());
                 self.scratch = scratch;
-                self.note_compared(seq, body, equal?);
+                self.note_compared(seq, body, hash, found?);
                 Ok(())
             }
             Action::Nothing => Ok(()),
@@ -252,20 +268,33 @@ impl Applier {
         }
     }
 
-    pub(super) fn note_compared(&mut self, seq: u64, body: &RecordBody, equal: bool) {
+    /// A range was compared: what the source has, and what is here; zero if that cannot be said.
+    pub(super) fn note_compared(
+        &mut self,
+        seq: u64,
+        body: &RecordBody,
+        source: &[u8],
+        hash: [u8; 32],
+    ) {
         self.compared = Some(seq);
-        if !equal {
-            let (device, start_sector, sectors) = (body.device, body.start_sector, body.sectors);
-            self.mismatches.push(Mismatch {
-                seq,
-                device,
-                start_sector,
-                sectors,
-            });
+        let (device, start_sector, sectors) = (body.device, body.start_sector, body.sectors);
+        let found = Mismatch {
+            seq,
+            device,
+            start_sector,
+            sectors,
+            hash,
+        };
+        let label = self.state.label_of(device).unwrap_or_default();
+        let unix_ms = self.parts.clock.unix_ms();
+        self.findings.on_compared(unix_ms, label, &found, source);
+        if source != hash {
+            self.mismatches.push(found);
         }
     }
 
     fn report_compared(&mut self) {
+        self.findings.write(&self.state.set);
         let Some(last) = self.compared.take() else {
             return;
         };

@@ -44,11 +44,13 @@ impl Applier {
     /// [`Pause`].
     pub fn checkpoint(&mut self) -> Result<(), Pause> {
         debug_assert!(!self.is_within_batch());
+        self.watch_volumes();
         self.take_choice()?;
         self.write_again(None)?;
         let is_drained = self.is_drained();
         self.sync_all()?;
         let mut state = self.state.clone();
+        self.note_identities(&mut state);
         let left = if is_drained {
             state.stage = None;
             vec![]
@@ -103,6 +105,7 @@ impl Applier {
     pub(super) fn save_stage(&mut self, change: impl FnOnce(&mut SetState)) -> Result<(), Pause> {
         let mut saved = self.saved.clone();
         change(&mut saved.state);
+        self.note_identities(&mut saved.state);
         saved.overlays = self.log_ends();
         self.save(saved)
     }

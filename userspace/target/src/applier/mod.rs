@@ -31,6 +31,7 @@ mod checkpoint;
 mod parallel;
 mod stage;
 pub mod thread;
+mod watch;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -41,6 +42,7 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use dtloop_core::binding::{Refusal, check_label};
+use dtloop_core::chain::Link;
 use dtloop_core::parallel::Schedule;
 use dtloop_core::set::{Admission, SetState};
 use dtloop_disk::Disk;
@@ -54,6 +56,7 @@ use serde::{Deserialize, Serialize};
 use crate::catalog::Catalog;
 use crate::clock::Clock;
 use crate::config::StagingConfig;
+use crate::findings::Findings;
 use crate::journal::Horizon;
 use crate::outlet::Outlet;
 use crate::overlay::{Overlay, Space};
@@ -62,6 +65,7 @@ use dtloop_store::{self as state_file, StateFileError};
 
 pub use batch::{Batch, Item};
 pub use stage::moments_of;
+pub use watch::ACCEPT_FILE;
 
 /// What is made durable at a checkpoint.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -84,6 +88,8 @@ pub struct Entered {
     pub known_stream: Uuid,
     /// Whether and where the order is lost.
     pub lost: (u64, u64),
+    /// The link of the hash chain behind the last record.
+    pub link: Option<Link>,
     /// The volumes.
     pub volumes: Vec<VolumeReport>,
     /// Where changes go.
@@ -107,6 +113,8 @@ pub enum Command {
     },
     /// Bind a device.
     Bind(DeviceOffer),
+    /// The source was welcomed; from now on it can be told something.
+    Welcomed,
     /// Checkpoint and end.
     Stop,
 }
@@ -220,7 +228,7 @@ pub struct Applier {
     /// Items of the batch that are applied.
     cursor: usize,
     /// Records of the batch, from the cursor on, that are being applied at the same time.
-    row: Option<(Schedule, HashMap<usize, bool>)>,
+    row: Option<(Schedule, HashMap<usize, [u8; 32]>)>,
     /// Something could not be made durable: everything since the checkpoint must be written again.
     redo: bool,
     /// The volumes are slow enough for more than one thread.
@@ -230,6 +238,7 @@ pub struct Applier {
     scratch: Vec<u8>,
     mismatches: Vec<Mismatch>,
     compared: Option<u64>,
+    findings: Findings,
     replaying: bool,
     told_staging: Duration,
 }
@@ -260,7 +269,7 @@ impl Applier {
             |dir| dir.join(format!("{set}.{source_id}")),
         );
         let max = staging.max.map_or(u64::MAX, |max| max.0);
-        let space = Space::new(disk, area, max, staging.min_free.0);
+        let space = Space::new(Arc::clone(&disk), area, max, staging.min_free.0);
         let mut applier = Self {
             parts,
             settings,
@@ -281,6 +290,7 @@ impl Applier {
             scratch: vec![],
             mismatches: vec![],
             compared: None,
+            findings: Findings::new(disk, dir.join("verify.log")),
             replaying: false,
             told_staging: Duration::ZERO,
         };
@@ -312,12 +322,25 @@ impl Applier {
             .filter(|(_, volume)| !self.volumes.contains_key(&volume.device))
             .map(|(label, volume)| (label.clone(), volume.device))
             .collect();
+        let mut survey = None;
         for (label, device) in bound {
-            match self.parts.catalog.open(&label) {
-                Ok(volume) => {
-                    self.volumes.insert(device, volume);
+            let mut volume = match self.parts.catalog.open(&label) {
+                Ok(volume) => volume,
+                Err(refusal) => {
+                    tracing::error!("{refusal}.");
+                    continue;
                 }
-                Err(refusal) => tracing::error!("{refusal}."),
+            };
+            let examined = self.examine(&label, &mut volume, || {
+                let survey = survey.get_or_insert_with(|| self.survey());
+                survey.get(&device).cloned().unwrap_or_default()
+            });
+            match examined {
+                Ok(()) => drop(self.volumes.insert(device, volume)),
+                Err(refusal) => {
+                    tracing::error!("{refusal}.");
+                    self.refuse(&label, device, &refusal);
+                }
             }
         }
     }
@@ -358,7 +381,7 @@ impl Applier {
     fn take_up(&mut self, hello: &Hello, durable_seq: u64) -> Result<Entered, Refusal> {
         let known_stream = self.state.stream_uuid;
         let past = self.state.past(&hello.devices, durable_seq);
-        let admission = self.state.admit(hello, durable_seq)?;
+        let admission = self.admit(hello, durable_seq)?;
         self.state.enter(hello, admission);
         if admission != Admission::Resume {
             self.volumes.clear();
@@ -375,6 +398,7 @@ impl Applier {
             admission,
             known_stream,
             lost,
+            link: self.state.chain.map(|chain| chain.link),
             volumes: self.reports(),
             staging: self.staging_phase(),
             past: self.trusted(past),
@@ -417,7 +441,12 @@ impl Applier {
         let open = open.or_else(|| former.and_then(|device| self.volumes.remove(&device)));
         let (source_id, set) = (self.state.source_id, self.state.set.clone());
         let result = check_label(offer, all)
-            .and_then(|()| self.parts.catalog.bind(source_id, &set, offer, open));
+            .and_then(|()| self.parts.catalog.bind(source_id, &set, offer, open))
+            .and_then(|mut volume| {
+                // Everything is applied, and nothing of it is pending.
+                self.examine(&offer.label, &mut volume, Vec::new)?;
+                Ok(volume)
+            });
         match result {
             Ok(volume) => {
                 self.state

@@ -25,7 +25,7 @@ const SLOW: Duration = Duration::from_micros(250);
 struct Shared {
     schedule: Schedule,
     /// What comparisons found, by place in the row.
-    equal: HashMap<usize, bool>,
+    found: HashMap<usize, [u8; 32]>,
     running: usize,
     failed: Option<Pause>,
 }
@@ -35,18 +35,14 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
 }
 
 /// The record at that place of a batch, with what it does.
-fn record(batch: &Batch, index: usize) -> Option<(u64, RecordBody, Action<'_>)> {
+fn record(batch: &Batch, index: usize) -> Option<(RecordBody, Action<'_>)> {
     match batch.items.get(index)? {
         Item::Record {
-            seq,
             kind,
             body,
             payload: (start, end),
-        } => Some((
-            *seq,
-            *body,
-            action(*kind, body, &batch.buffer[*start..*end]),
-        )),
+            ..
+        } => Some((*body, action(*kind, body, &batch.buffer[*start..*end]))),
         Item::Marker { .. } => None,
     }
 }
@@ -78,7 +74,7 @@ impl Applier {
     fn row_length(&self, batch: &Batch) -> usize {
         let plain = |index: &usize| {
             let record = record(batch, *index);
-            record.is_some_and(|(_, body, action)| self.is_plain(&body, &action))
+            record.is_some_and(|(body, action)| self.is_plain(&body, &action))
         };
         (self.cursor..self.cursor + ROW_MAX)
             .take_while(plain)
@@ -87,14 +83,14 @@ impl Applier {
 
     /// Applies a row of records, or goes on with the one that was begun: what is finished of it stays so.
     pub(super) fn apply_row(&mut self, batch: &Batch) -> Result<(), Pause> {
-        let (schedule, equal) = match self.row.take() {
+        let (schedule, found) = match self.row.take() {
             Some(row) => row,
             None => (self.plan_row(batch), HashMap::new()),
         };
         let (length, began) = (schedule.len(), self.parts.clock.now());
         let shared = Mutex::new(Shared {
             schedule,
-            equal,
+            found,
             running: 0,
             failed: None,
         });
@@ -110,18 +106,26 @@ impl Applier {
         });
         let shared = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(pause) = shared.failed {
-            self.row = Some((shared.schedule, shared.equal));
+            self.row = Some((shared.schedule, shared.found));
             return Err(pause);
         }
         let each =
             (self.parts.clock.now().saturating_sub(began)) / u32::try_from(length).unwrap_or(1);
         self.slow = each * u32::try_from(threads).unwrap_or(1) >= SLOW / 2;
         for index in 0..length {
-            if let Some((seq, body, _)) = record(batch, self.cursor) {
-                if let Some(equal) = shared.equal.get(&index) {
-                    self.note_compared(seq, &body, *equal);
+            if let Some(Item::Record {
+                seq,
+                kind,
+                body,
+                payload: (start, end),
+            }) = batch.items.get(self.cursor)
+            {
+                let payload = &batch.buffer[*start..*end];
+                if let Some(found) = shared.found.get(&index) {
+                    self.note_compared(*seq, body, payload, *found);
                 }
-                self.state.on_record(seq, &body);
+                self.state.chain(*kind, body, payload);
+                self.state.on_record(*seq, body);
             }
             self.cursor += 1;
         }
@@ -131,7 +135,7 @@ impl Applier {
     fn plan_row(&self, batch: &Batch) -> Schedule {
         let mut schedule = Schedule::default();
         for index in self.cursor..self.cursor + self.row_length(batch) {
-            let Some((_, body, action)) = record(batch, index) else {
+            let Some((body, action)) = record(batch, index) else {
                 break;
             };
             let (start, end) = match action {
@@ -171,7 +175,7 @@ impl Applier {
             guard.running -= 1;
             guard.schedule.on_end(index, done.is_ok());
             match done {
-                Ok(Some(equal)) => drop(guard.equal.insert(index, equal)),
+                Ok(Some(found)) => drop(guard.found.insert(index, found)),
                 Ok(None) => {}
                 Err(pause) => guard.failed = Some(pause),
             }
@@ -179,8 +183,9 @@ impl Applier {
         }
     }
 
-    fn carry_out(&self, batch: &Batch, index: usize) -> Result<Option<bool>, Pause> {
-        let Some((_, body, action)) = record(batch, index) else {
+    /// Gives the hash of what is compared.
+    fn carry_out(&self, batch: &Batch, index: usize) -> Result<Option<[u8; 32]>, Pause> {
+        let Some((body, action)) = record(batch, index) else {
             return Ok(None);
         };
         let Some(volume) = self.volumes.get(&body.device) else {
@@ -190,14 +195,10 @@ impl Applier {
         match action {
             Action::Write { offset, data } => volume.write(offset, data).map_err(failed)?,
             Action::Zero { offset, bytes } => volume.zero(offset, bytes).map_err(failed)?,
-            Action::Compare {
-                offset,
-                bytes,
-                hash,
-            } => {
+            Action::Compare { offset, bytes, .. } => {
                 let mut data = vec![0; usize::try_from(bytes).unwrap_or(0)];
                 self.read(body.device, offset, &mut data)?;
-                return Ok(Some(blake3::hash(&data).as_bytes() == hash));
+                return Ok(Some(*blake3::hash(&data).as_bytes()));
             }
             Action::Nothing => {}
         }

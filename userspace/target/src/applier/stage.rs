@@ -338,6 +338,13 @@ impl Applier {
         if !publishing || self.redo {
             return Ok(false);
         }
+        self.watch_volumes();
+        let drained = self.drain_some();
+        self.settle_volumes();
+        drained
+    }
+
+    fn drain_some(&mut self) -> Result<bool, Pause> {
         let mut failed = None;
         for (label, overlay) in &mut self.overlays {
             let named = |volume: &&Volume| volume.name() == label;

@@ -113,7 +113,7 @@ impl Thread<'_> {
         };
         match self.commands.recv_timeout(wait) {
             Ok(command) => self.queue.push_back(command),
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => self.applier.watch_volumes(),
             Err(RecvTimeoutError::Disconnected) => self.queue.push_back(Command::Stop),
         }
         Ok(true)
@@ -160,6 +160,7 @@ impl Thread<'_> {
                     return Err(pause);
                 }
             }
+            Command::Welcomed => self.applier.tell_alarms(),
             Command::Stop => return self.stop(),
         }
         Ok(Go::On)

@@ -29,6 +29,7 @@ use dtloop_agent::control::{self, Sets};
 use dtloop_agent::link::Watcher;
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::Streams;
+use dtloop_agent::verify_config::VerifyConfig;
 use dtloop_api::{Client, ClientError, Connection, Failure, Outcome, Request, SetStatus};
 use dtloop_core::mirror::JobState;
 use dtloop_core::replica::SetMemory;
@@ -104,6 +105,8 @@ pub struct Lab {
     /// The agent's disk queue, and the disk it is on if it is not this machine's.
     pub queue: Option<QueueConfig>,
     pub queue_disk: Option<Arc<dyn Disk>>,
+    /// When the set is verified by itself.
+    pub verify: Option<VerifyConfig>,
 }
 
 impl Lab {
@@ -121,6 +124,7 @@ impl Lab {
             compression: Compression::default(),
             queue: None,
             queue_disk: None,
+            verify: None,
         };
         lab.set_image_sectors(sectors);
         lab
@@ -196,6 +200,7 @@ impl Lab {
         self.renew_stream_as(*b"another stream!!");
     }
 
+    /// The module was loaded anew.
     pub fn renew_stream_as(&mut self, uuid: [u8; 16]) {
         let content = self.stream.content(self.device);
         self.stream = FakeStream::new("db", 4 << 20, 1024).with_uuid(uuid);
@@ -207,7 +212,18 @@ impl Lab {
         self.dir.path().join("target")
     }
 
-    fn image(&self) -> PathBuf {
+    /// A machine with a copy of this one's disks, and another stream.
+    pub fn clone_source(&self, uuid: [u8; 16]) -> Self {
+        let mut clone = Self::new(self.sectors);
+        clone
+            .stream
+            .set_content(clone.device, &self.stream.content(self.device));
+        clone.renew_stream_as(uuid);
+        copy_dir(&self.agent_dir(), &clone.agent_dir());
+        clone
+    }
+
+    pub fn image(&self) -> PathBuf {
         self.dir.path().join("vol.img")
     }
 
@@ -299,6 +315,8 @@ impl Lab {
             mirror_rate: Default::default(),
             resync_rate: Default::default(),
             queue: self.queue.clone(),
+            chain: true,
+            verify: self.verify.clone(),
         };
         let shared = Arc::new(SetShared::new(&config).unwrap());
         let streams = Arc::new(OneStream(Mutex::new(self.stream.clone())));
@@ -432,9 +450,18 @@ impl Lab {
 
     /// The agent's last job.
     pub fn last_job(&self) -> JobState {
-        let path = self.dir.path().join("agent/db.set");
-        let memory: SetMemory = dtloop_store::load(&path).unwrap().unwrap();
-        memory.job.unwrap()
+        self.agent_memory().job.unwrap()
+    }
+
+    /// What the agent remembers. It must not run when it is stored.
+    pub fn agent_memory(&self) -> SetMemory {
+        dtloop_store::load(&self.dir.path().join("agent/db.set"))
+            .unwrap()
+            .unwrap()
+    }
+
+    pub fn store_agent_memory(&self, memory: &SetMemory) {
+        dtloop_store::store(&self.dir.path().join("agent/db.set"), memory).unwrap();
     }
 
     pub fn saved_dir(&self) -> PathBuf {
@@ -554,6 +581,15 @@ impl DiskFile for SyncFailsFile {
 
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         self.file.zero(offset, bytes)
+    }
+}
+
+/// The files of a directory.
+pub fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
 }
 
