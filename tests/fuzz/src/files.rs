@@ -156,6 +156,12 @@ schedule = [
   { days = "mon-fri", from = "08:00", to = "18:00", limit = "5MiB/s" },
   { days = "sat,sun", from = "22:00", to = "06:00", limit = "unlimited" },
 ]
+[set.verify]
+days = ["sun"]
+time = "02:00"
+from = "22:00"
+to = "06:00"
+rate = "50MiB"
 "#;
 
 const TARGET: &str = r#"listen = "192.0.2.2:7788"
@@ -207,6 +213,7 @@ pub(crate) fn api_seeds() -> Vec<(String, Vec<u8>)> {
         r#"{"request":"verify","set":"db","repair":true}"#,
         r#"{"request":"wait","set":"db","timeout_ms":5}"#,
         r#"{"request":"bandwidth","set":"db","change":{"change":"limit","limit":"5MiB/s","until":"18:00","keep":false}}"#,
+        r#"{"request":"verify-log","set":"db","most":5}"#,
         r#"{"reply":"done","wait":{"seq":812,"elapsed_ms":41}}"#,
         r#"{"reply":"failed","code":"unknown-set","message":"No set x."}"#,
         r#"{"reply":"progress","set":"db","wait":{"seq":9,"applied_seq":3}}"#,

@@ -253,6 +253,45 @@ fn all_messages() -> Vec<Message> {
         Message::Ping(1),
         Message::Pong(1),
         Message::Bye(refuse),
+        Message::Marker(Marker::Plan {
+            device: 7,
+            least_bytes: 8,
+            most_bytes: 9,
+        }),
+        Message::Marker(Marker::Prove { link: [6; 16] }),
+        Message::Marker(Marker::Cleared {
+            device: 7,
+            number: 8,
+        }),
+        Message::Past(Past {
+            stream: Uuid([2; 16]),
+            durable_seq: 9,
+            intent_version: 3,
+            mirrored: vec![7],
+        }),
+        Message::Staging(Staging::default()),
+        Message::Proof(Proof {
+            seq: 5,
+            source: [6; 16],
+            target: [7; 16],
+        }),
+        Message::Alarm(Alarm {
+            device: 7,
+            number: 8,
+            code: Code::VOLUME_CHANGED,
+            unix_ms: 9,
+            text: "changed".into(),
+        }),
+        Message::Verified(Verified {
+            through_seq: 9,
+            mismatches: vec![Mismatch {
+                seq: 8,
+                device: 7,
+                start_sector: 64,
+                sectors: 8,
+                hash: [5; 32],
+            }],
+        }),
     ]
 }
 

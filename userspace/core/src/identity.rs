@@ -89,10 +89,14 @@ impl VolumeIdentity {
     }
 }
 
-/// Where the samples of a volume are: at its beginning, where a file system has its identity, and all over it.
+/// Where the samples of a volume are: at its beginning, where a file system has its identity, and all over it. A very small
+/// one is looked at as a whole.
 #[must_use]
 pub fn sample_offsets(bytes: u64) -> Vec<u64> {
     let blocks = bytes / SAMPLE_BYTES;
+    if blocks <= SAMPLES {
+        return (0..blocks).map(|block| block * SAMPLE_BYTES).collect();
+    }
     let spread = (0..SAMPLES - 2).map(|index| {
         // Not at regular distances, at which file systems put things that never change.
         let step = blocks / (SAMPLES - 2);

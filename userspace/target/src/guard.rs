@@ -14,6 +14,7 @@ use dtloop_core::identity::{
 };
 use dtloop_disk::DiskFile;
 use nix::sys::stat::{major, minor};
+use nix::sys::statfs::fstatfs;
 
 /// A block that is looked at.
 #[derive(Debug)]
@@ -25,11 +26,24 @@ struct Spot {
     changed: AtomicBool,
 }
 
+/// File systems whose times are another machine's, or come later than the write: NFS, SMB, SMB 2, CIFS, FUSE, Ceph, 9P.
+const FOREIGN_TIMES: [i64; 7] = [
+    0x6969,
+    0x517b,
+    0xfe53_4d42,
+    0xff53_4d42,
+    0x6573_5546,
+    0x00c3_6400,
+    0x0102_1997,
+];
+
 /// What the system knows of a file or disk.
 #[derive(Debug)]
 struct Probe {
     file: File,
     is_device: bool,
+    /// The time of the last change says who wrote.
+    has_time: bool,
     sysfs: PathBuf,
 }
 
@@ -93,7 +107,7 @@ fn file_id(metadata: &Metadata) -> String {
 impl Probe {
     fn mark(&self) -> Option<Mark> {
         if !self.is_device {
-            let metadata = self.file.metadata().ok()?;
+            let metadata = self.file.metadata().ok().filter(|_| self.has_time)?;
             let seconds = u64::try_from(metadata.mtime()).ok()?;
             let nanos = u64::try_from(metadata.mtime_nsec()).ok()?;
             let at_ns = seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
@@ -123,7 +137,9 @@ impl Guard {
         } else {
             file_id(&metadata)
         };
+        let system = fstatfs(file).map(|system| system.filesystem_type().0);
         let probe = Probe {
+            has_time: system.is_ok_and(|system| !FOREIGN_TIMES.contains(&system)),
             file: file.try_clone()?,
             is_device,
             sysfs,
@@ -214,10 +230,10 @@ impl Guard {
     /// through the page cache and is counted at another time. If this program wrote and has not said so
     /// ([`Guard::on_written`]), nobody knows.
     pub(crate) fn is_disturbed(&mut self) -> bool {
-        let Some(probe) = self.probe.as_ref().filter(|probe| !probe.is_device) else {
+        if !self.is_file() {
             return false;
-        };
-        let now = probe.mark();
+        }
+        let now = self.mark();
         let own = std::mem::take(self.wrote.get_mut());
         let disturbed = !own && now.is_some() && self.seen.is_some() && now != self.seen;
         self.seen = now;
@@ -232,9 +248,12 @@ impl Guard {
 
     /// The same, if it did and it is worth a look.
     pub(crate) fn settle(&mut self) {
-        let is_file = self.probe.as_ref().is_some_and(|probe| !probe.is_device);
-        if is_file && *self.wrote.get_mut() {
+        if self.is_file() && *self.wrote.get_mut() {
             self.on_written();
         }
+    }
+
+    fn is_file(&self) -> bool {
+        self.probe.as_ref().is_some_and(|probe| !probe.is_device)
     }
 }

@@ -505,6 +505,11 @@ fn accept_volume(config: &Config, name: &str) -> Result<()> {
     let Some(owner) = catalog.owner(name)? else {
         bail!("Volume \"{name}\" belongs to nobody, so there is nothing to accept")
     };
+    if owner.released {
+        bail!(
+            "Volume \"{name}\" is settled, and used here; to let a source have it, run \"dttarget volume unbind {name}\""
+        )
+    }
     let path = set_dir(&config.state_dir, owner.source_id, &owner.set).join("state");
     let Some(mut saved) = state_file::load::<Saved>(&path)? else {
         bail!("Nothing is known of volume \"{name}\"")

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use dtloop_core::set::{Consistent, Phase};
+use dtloop_core::set::{Consistent, Phase, SetState};
 use dtloop_disk::RealDisk;
+use dtloop_proto::Code;
 use dtloop_store as state_file;
 
 use crate::applier::{Applier, Parts, Pause, Saved, Settings, moments_of};
@@ -67,6 +68,8 @@ pub fn settle(config: &Config, name: &str, discard_staged: bool) -> Result<Settl
             threads: 1,
         };
         let mut applier = Applier::load(parts, settings, &dir, owner.source_id, &owner.set)?;
+        applier.open_volumes();
+        refuse_others(applier.state())?;
         patiently(|| applier.replay())?;
         finish(&mut applier)?
     };
@@ -76,6 +79,16 @@ pub fn settle(config: &Config, name: &str, discard_staged: bool) -> Result<Settl
             .with_context(|| format!("Cannot release volume \"{label}\""))?;
     }
     Ok(settled)
+}
+
+/// What is not the volume that was left must not get the end of its journal.
+fn refuse_others(state: &SetState) -> Result<()> {
+    let not_ours = [Code::VOLUME_REPLACED.0, Code::VOLUME_CHANGED.0];
+    let mut refused = state.volumes.values().filter_map(|v| v.refused.as_ref());
+    if let Some((_, text)) = refused.find(|(code, _)| not_ours.contains(code)) {
+        bail!("{text}. Nothing was changed");
+    }
+    Ok(())
 }
 
 /// Makes a call until it succeeds. The first fdatasync may tell of writes that failed long ago, under another process: what has

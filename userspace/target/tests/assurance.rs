@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{Agent, Lab, random};
+use common::{Agent, Faults, Lab, random};
 use dtloop_api::{DeviceState, MirrorKind, Outcome, Request, SetStatus, VerifyEvent, VerifyResult};
 use dtloop_target::applier::Saved;
 
@@ -92,6 +92,52 @@ fn both_sides_prove_the_same_sequence_through_kills_of_both() {
         assert_eq!(proven.since_seq, 0, "the chain was broken in round {round}");
     }
     lab.assert_identical();
+    agent.stop();
+}
+
+/// Records wait in the disk queue, the queue runs full, what comes next is staged: the records are one sequence all the
+/// same, whoever is killed meanwhile.
+#[test]
+fn the_chain_goes_on_through_disk_queue_staging_and_kills() {
+    let lab = Lab::new(4 * SECTORS).with_queue(12 << 20);
+    let target = lab.start_target();
+    let faults = Faults::new(target.address, 3);
+    let mut agent = lab.start_agent_to(faults.address);
+    agent.target = Some(target);
+    mirror(&mut agent);
+    for round in 0..2 {
+        faults.hold();
+        lab.write_when_there_is_room(round, 8 << 20);
+        assert!(round > 0 || lab.gaps() == 0);
+        if round == 1 {
+            lab.fill_with(round);
+            lab.fill_with(round + 1);
+            assert!(lab.gaps() > 0);
+        }
+        faults.heal();
+        faults.cut_often();
+        for restart in 0..6 {
+            let before = agent.status().next_seq;
+            let writer = lab.write_in_background(30);
+            agent.wait_for(|status| status.next_seq > before);
+            let target = agent.target.take();
+            agent.stop();
+            agent = lab.start_agent_to(faults.address);
+            agent.target = target;
+            if restart % 2 == 1 {
+                agent.target.take().unwrap().kill();
+                agent.target = Some(lab.start_target());
+            }
+            writer.join().unwrap();
+        }
+        faults.heal();
+        agent.wait_in_sync();
+        agent.wait_for(is_proven_to_the_end);
+        let proven = agent.status().proven.unwrap();
+        assert_eq!(proven.since_seq, 0, "the chain was broken in round {round}");
+        lab.assert_identical();
+    }
+    assert!(lab.saved().state.stages > 0, "nothing was staged");
     agent.stop();
 }
 

@@ -476,6 +476,8 @@ fn crash_at(operation: u64, seed: u64, kill: bool) -> Option<u64> {
     }
     target.parts.horizon = Arc::default();
     target.start().unwrap();
+    let refused = refusals(&mut target);
+    assert!(refused.is_empty(), "operation {operation}: {refused:?}");
     let seq = target.next_seq - 1;
     assert!(
         seq + 1 >= acknowledged,
@@ -584,6 +586,98 @@ fn complaint_of(result: Result<(), Pause>) -> Complaint {
         Err(Pause::Blocked(complaint)) => complaint,
         other => panic!("{other:?}"),
     }
+}
+
+/// Volumes that are not taken, and why.
+fn refusals(target: &mut Target) -> Vec<(String, u16)> {
+    let volumes = target.applier().state().volumes.iter();
+    let code = |volume: &dtloop_core::set::VolumeState| Some(volume.refused.as_ref()?.0);
+    volumes
+        .filter_map(|(label, volume)| Some((label.clone(), code(volume)?)))
+        .collect()
+}
+
+/// Somebody writes to a volume while the target is not there.
+fn disturb(target: &Target, name: &str, offset: u64) {
+    let path = format!("/volumes/{name}");
+    let file = target.disk.open(Path::new(&path), false).unwrap();
+    let mut pieces = [std::io::IoSlice::new(b"newer")];
+    file.write_at(&mut pieces, offset).unwrap();
+    file.sync().unwrap();
+}
+
+/// Direct, staged and published volumes alike are known again, and known as another one when somebody has written to
+/// them: but where the journal says that it may have been the target itself.
+#[test]
+fn a_volume_that_was_changed_while_nobody_looked_is_not_taken() {
+    let changed = |name: &str| vec![(name.to_owned(), Code::VOLUME_CHANGED.0)];
+    let direct = || mirrored(&SimDisk::new(1), u64::MAX);
+    let staged = || {
+        let mut target = direct();
+        target.send(&[Gap, Write(1, 0, 8, 9)]).unwrap();
+        assert_eq!(target.phase(), Some(Phase::Staged));
+        target.applier().checkpoint().unwrap();
+        target
+    };
+    for make in [&direct as &dyn Fn() -> Target, &staged] {
+        let mut target = make();
+        target.start().unwrap();
+        assert_eq!(refusals(&mut target), []);
+        let mut target = make();
+        disturb(&target, "a", 8192);
+        target.start().unwrap();
+        assert_eq!(refusals(&mut target), changed("a"));
+        let held = target.plain();
+        target
+            .send(&[Write(1, 16, 1, 7), Write(2, 0, 1, 8)])
+            .unwrap();
+        target.settle().unwrap();
+        assert!(target.plain()[0] == held[0], "it is not written to");
+    }
+    // What is behind the checkpoint may have been applied.
+    let mut target = direct();
+    target.send(&[Write(2, 16, 8, 7)]).unwrap();
+    disturb(&target, "b", 8192);
+    target.start().unwrap();
+    assert_eq!(refusals(&mut target), []);
+    let mut target = direct();
+    target.send(&[Write(2, 16, 8, 7)]).unwrap();
+    disturb(&target, "b", 4096);
+    target.start().unwrap();
+    assert_eq!(refusals(&mut target), changed("b"));
+}
+
+/// A volume whose disk appears only after the journal was replayed is still the one that it was.
+#[test]
+fn a_volume_that_missed_the_replay_is_taken_back() {
+    let mut target = mirrored(&SimDisk::new(1), u64::MAX);
+    target
+        .send(&[Write(1, 16, 8, 7), Write(1, 40, 8, 8)])
+        .unwrap();
+    let paths = ["/volumes/a", "/volumes/elsewhere"].map(Path::new);
+    target.disk.rename(paths[0], paths[1]).unwrap();
+    // Without a size an image is not made anew.
+    let here = |name: &str, size| VolumeConfig {
+        size,
+        ..volume(name)
+    };
+    let disk: Arc<dyn Disk> = Arc::new(target.disk.clone());
+    let size = volume("b").size;
+    let volumes = vec![here("a", None), here("b", size)];
+    let catalog = Catalog::on(disk, Path::new("/state"), volumes);
+    target.parts.catalog = Arc::new(catalog);
+    target.start().unwrap();
+    target.settle().unwrap();
+    target.disk.rename(paths[1], paths[0]).unwrap();
+    let offer = DeviceOffer {
+        device: 1,
+        label: "a".into(),
+        sectors: SECTORS,
+        block_bytes: 512,
+    };
+    target.applier().bind(&offer).unwrap();
+    assert_eq!(refusals(&mut target), []);
+    assert!(!target.applier().state().in_sync("a"), "records passed it");
 }
 
 /// A target whose two volumes are in sync.
