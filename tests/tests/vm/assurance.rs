@@ -14,6 +14,16 @@ fn reason(rig: &Rig) -> Result<String> {
     Ok(reason.as_str().unwrap_or_default().to_owned())
 }
 
+/// Until that is said about the device.
+fn wait_reason(rig: &Rig, part: &str) -> Result<()> {
+    let mut last = String::new();
+    let said = wait_until(part, patience(40), || {
+        last = reason(rig)?;
+        Ok(last.contains(part))
+    });
+    said.with_context(|| format!("it says: {last}"))
+}
+
 /// Until the last record is proven; gives the record since which the chain is unbroken.
 fn wait_proven(rig: &Rig) -> Result<u64> {
     let mut since = None;
@@ -225,9 +235,7 @@ fn a_swapped_target_disk_is_not_written_to() -> Result<()> {
     ))?;
     rig.write(0, 4)?;
     rig.start_target()?;
-    rig.wait_state("error")?;
-    let text = reason(&rig)?;
-    ensure!(text.contains("another file or disk than before"), "{text}");
+    wait_reason(&rig, "another file or disk than before")?;
     rig.stop_target()?;
     rig.target()
         .sh("cmp -n $((32 << 20)) /dev/mapper/other /dev/zero")?;
@@ -236,9 +244,7 @@ fn a_swapped_target_disk_is_not_written_to() -> Result<()> {
         "ln -sfn {node} {IMAGE}; printf newer | dd of={node} bs=4096 seek=5 conv=notrunc,fsync status=none"
     ))?;
     rig.start_target()?;
-    rig.wait_state("error")?;
-    let text = reason(&rig)?;
-    ensure!(text.contains("changed by something else"), "{text}");
+    wait_reason(&rig, "changed by something else")?;
     rig.stop_target()?;
     rig.target().sh("dttarget volume accept vol")?;
     rig.start_target()?;
@@ -283,19 +289,12 @@ fn a_cloned_source_is_told_so_on_both_sides() -> Result<()> {
     // On one that does not, the target knows.
     source.sh("echo 11112222333344445555666677778888 >/etc/machine-id")?;
     rig.start_agent()?;
-    rig.wait_state("error")?;
-    let text = reason(&rig)?;
-    ensure!(
-        text.contains("cloned") || text.contains("clone of the source"),
-        "{text}"
-    );
+    wait_reason(&rig, "clone")?;
     rig.stop_agent()?;
     // As a source of its own it cannot have the volume of the original.
     source.sh("echo 88887777666655554444333322221111 >/etc/machine-id; dtagent identity renew")?;
     rig.start_agent()?;
-    rig.wait_state("error")?;
-    let text = reason(&rig)?;
-    ensure!(text.contains("belongs to set"), "{text}");
+    wait_reason(&rig, "belongs to set")?;
     rig.stop_agent()?;
 
     source.sh(format!(
@@ -303,6 +302,41 @@ fn a_cloned_source_is_told_so_on_both_sides() -> Result<()> {
     ))?;
     rig.start_agent()?;
     rig.wait_state("in-sync")?;
+    rig.same()?;
+    rig.finish()
+}
+
+/// Marks and records say what a crash may have left. A disk that holds something else all the same is not what it was.
+#[test]
+fn a_restored_source_disk_waits_for_an_operator() -> Result<()> {
+    let rig = Rig::mirrored(32, "")?;
+    let (source, disk) = (rig.source(), &rig.disk);
+    rig.write(0, 32)?;
+    rig.wait()?;
+    source.sh(format!(
+        "dd if={disk} of=/root/older bs=1M iflag=direct status=none"
+    ))?;
+    rig.write(0, 32)?;
+    rig.wait()?;
+    wait_until("the blocks to be known", patience(40), || {
+        let known = "grep -o '\"offset\"' /var/lib/dtloop/agent/default.set | wc -l";
+        Ok(source.sh(known)?.parse::<u64>()? >= 12)
+    })?;
+    rig.stop_agent()?;
+    source.sh(format!(
+        "udevadm settle; dtloop detach 101; dtloop set default --remove --discard-records; rmmod dtloop
+         sha256sum <{IMAGE} >/root/copy
+         dd if=/root/older of={disk} bs=1M oflag=direct conv=notrunc status=none"
+    ))?;
+    rig.attach("")?;
+    rig.start_agent()?;
+    wait_reason(&rig, "is not as it was")?;
+    ensure!(rig.state()? == "mirror-needed", "{}", rig.status()?);
+    // What is written now is kept beside the copy.
+    rig.write(3, 1)?;
+    rig.expect("wait --timeout 10s", 7)?;
+    source.sh(format!("sha256sum <{IMAGE} | cmp - /root/copy"))?;
+    rig.mirror("")?;
     rig.same()?;
     rig.finish()
 }

@@ -52,6 +52,7 @@
 //! code.
 
 mod control;
+mod disk;
 mod error;
 mod ffi;
 mod intent;
@@ -73,6 +74,7 @@ pub mod testing;
 pub use control::{
     AttachRequest, Attached, Backing, CONTROL_PATH, Control, StreamRequest, Throttle,
 };
+pub use disk::BackingBlocks;
 pub use error::{Error, Operation, Result};
 pub use intent::{Found, IntentRequest};
 pub use loop_control::{LOOP_CONTROL_PATH, LoopControl};

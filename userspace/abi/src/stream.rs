@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::control::{self, ascending, device_from};
+use crate::disk::{BackingBlocks, DirectDisk};
 use crate::ffi::{self, Ioctl, ioctls};
 use crate::{Error, Operation, Result, Ring, raw};
 
@@ -90,6 +91,12 @@ pub trait CaptureStream: Send + std::marker::Sync {
     /// Says that every marked region which the range touches has to be compared, as records are lost. False: there is no
     /// intent map.
     fn suspect_set(&self, device_id: u32, extent: Extent) -> Result<bool>;
+
+    /// What is on the disk behind a device. `None`: it cannot be read.
+    fn backing(&self, device: &raw::DeviceStatus) -> Option<Box<dyn BackingBlocks>> {
+        let _ = device;
+        None
+    }
 
     /// Waits until the record given to [`Ring::arm_wake`] is complete: true. `None` waits without
     /// a limit. Ends early, with false, on a signal.
@@ -310,6 +317,11 @@ impl CaptureStream for Stream {
             Err(error) if error.is(Errno::ENOENT) => Ok(false),
             other => other.map(|()| true),
         }
+    }
+
+    fn backing(&self, device: &raw::DeviceStatus) -> Option<Box<dyn BackingBlocks>> {
+        let disk = DirectDisk::open(device).ok()?;
+        Some(Box::new(disk))
     }
 
     fn kick(&self) -> Result<()> {

@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -19,7 +20,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::ffi::Shared;
-use crate::{CaptureStream, Error, Extent, Name, Operation, Result, Ring, SyncRequest, raw};
+use crate::{
+    BackingBlocks, CaptureStream, Error, Extent, Name, Operation, Result, Ring, SyncRequest, raw,
+};
 
 const RING_AT: usize = raw::PAGE_BYTES;
 const NEXT_SEQ: usize = RING_AT + std::mem::offset_of!(raw::ProducerPage, next_seq);
@@ -550,7 +553,25 @@ fn refused(operation: Operation, errno: Errno) -> Error {
     Error::Refused { operation, errno }
 }
 
+/// The model's disk.
+struct FakeDisk(FakeStream, u32);
+
+impl BackingBlocks for FakeDisk {
+    fn read(&self, offset: u64, block: &mut [u8]) -> io::Result<()> {
+        let model = self.0.model();
+        let device = model.devices.get(&self.1);
+        let from = usize::try_from(offset).map_err(io::Error::other)?;
+        let found = device.and_then(|device| device.content.get(from..from + block.len()));
+        block.copy_from_slice(found.ok_or(io::ErrorKind::NotFound)?);
+        Ok(())
+    }
+}
+
 impl CaptureStream for FakeStream {
+    fn backing(&self, device: &raw::DeviceStatus) -> Option<Box<dyn BackingBlocks>> {
+        Some(Box::new(FakeDisk(self.clone(), device.device_id)))
+    }
+
     fn status(&self) -> Result<raw::StreamStatus> {
         let mut model = self.model();
         let sync_bytes = self.sync_bytes(&mut model);

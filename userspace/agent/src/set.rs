@@ -12,6 +12,7 @@
 //! `dtloop` and the reads of mirrors are taken in turn.
 
 mod jobs;
+mod origin;
 mod proof;
 mod queueing;
 mod recovery;
@@ -209,6 +210,7 @@ pub struct Worker {
     /// The chain begins anew with a new connection, which is to be made.
     renew_chain: bool,
     verifier: verify::Verifier,
+    origins: origin::Origins,
     last_recovery: Vec<dtloop_api::Recovery>,
     lost: Option<(u64, u64)>,
     /// What makes the copy whole was sent below this record: until the target has applied it, the copy is not.
@@ -277,6 +279,7 @@ impl Worker {
             chain: proof::ChainKeeper::new(path.with_extension("chain")),
             renew_chain: false,
             verifier: verify::Verifier::new(log_path),
+            origins: origin::Origins::new(now),
             path,
             persisted: memory.clone(),
             memory,
@@ -427,9 +430,13 @@ impl Worker {
     fn refresh_devices(&mut self, stream: &dyn CaptureStream) -> Result<(), End> {
         self.devices = stream.devices()?;
         let devices = self.devices.clone();
-        for offer in self.offers() {
-            self.memory.enter_device(&offer);
+        let mut joined = vec![];
+        for (offer, device) in self.offers().iter().zip(&devices) {
+            if self.memory.enter_device(offer) {
+                joined.push(*device);
+            }
         }
+        self.check_origins(stream, &joined)?;
         self.watch(&devices);
         self.set_resync_devices();
         Ok(())
@@ -728,6 +735,7 @@ impl Worker {
         broken: Option<&str>,
         held: &[u32],
     ) -> Result<(), End> {
+        self.doubt_replaced();
         let needs = self.needs(broken);
         if needs.is_empty() {
             return Ok(());

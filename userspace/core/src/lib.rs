@@ -20,6 +20,7 @@
 //! | source | [`adaptive`] | whether batches are compressed, and how |
 //! | source | [`pace`] | how far mirror and resync yield to live changes |
 //! | source | [`alarm`], [`outside`] | when a copy must be verified, and when a difference is one |
+//! | source | [`origin`] | whether the disk behind a device is still the one that the copy was made of |
 //! | source | [`timetable`] | when a verification is due |
 //! | both | [`chain`] | the hash chain over the records |
 //! | target | [`sequence`] | whether a record is the next one, a duplicate, or a hole before it |
@@ -41,6 +42,7 @@ pub mod coverage;
 pub mod identity;
 pub mod ladder;
 pub mod mirror;
+pub mod origin;
 pub mod outside;
 pub mod overlay;
 pub mod pace;

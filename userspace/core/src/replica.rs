@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::alarm::{self, Alarm, Cause};
 use crate::mirror::{DeviceJob, JobState};
+use crate::origin::Origin;
 use crate::timetable;
 
 /// A device of the set by label.
@@ -37,6 +38,15 @@ pub struct DeviceMemory {
     /// The boot in which it was last looked at.
     #[serde(default)]
     pub boot_id: String,
+    /// What some of its blocks held.
+    #[serde(default, skip_serializing_if = "Origin::is_empty")]
+    pub origin: Origin,
+    /// Why nobody knows whether the device or its copy is newer; an operator decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<String>,
+    /// The device id about which one has decided.
+    #[serde(default)]
+    pub decided: u32,
 }
 
 /// Both sides had the same link of the hash chain.
@@ -143,15 +153,16 @@ impl SetMemory {
         for device in self.devices.values_mut() {
             device.mirrored = false;
             device.device = 0;
+            device.decided = 0;
         }
         true
     }
 
     /// Takes up a device that is in the stream. A device that comes back under its name has
-    /// perhaps changed meanwhile.
-    pub fn enter_device(&mut self, offer: &DeviceOffer) {
+    /// perhaps changed meanwhile. True: it has joined just now.
+    pub fn enter_device(&mut self, offer: &DeviceOffer) -> bool {
         if offer.label.is_empty() {
-            return;
+            return false;
         }
         let device = self
             .devices
@@ -164,13 +175,18 @@ impl SetMemory {
                 alarm: None,
                 bypassed_sectors: 0,
                 boot_id: String::new(),
+                origin: Origin::default(),
+                doubt: None,
+                decided: 0,
             });
-        if device.device != offer.device {
+        let is_other = device.device != offer.device;
+        if is_other {
             device.device = offer.device;
             device.mirrored = false;
             device.bypassed_sectors = 0;
         }
         device.sectors = offer.sectors;
+        is_other
     }
 
     /// The intent file could not be written in the present stream. True: that is news.
@@ -198,6 +214,41 @@ impl SetMemory {
             memory.mirrored = mirrored;
             memory.mirrored_once |= mirrored;
         }
+    }
+
+    /// The device may not be the one that its copy was made of: it is mirrored only when an operator says so. True: that
+    /// is news.
+    pub fn doubt(&mut self, device: u32, reason: String) -> bool {
+        let memory = self.device_mut(device);
+        let Some(memory) = memory.filter(|memory| memory.mirrored_once) else {
+            return false;
+        };
+        let news = memory.decided != device && memory.doubt.is_none();
+        if news {
+            (memory.doubt, memory.mirrored) = (Some(reason), false);
+            memory.origin = Origin::default();
+        }
+        news
+    }
+
+    /// An operator wants the copy to become what the device is.
+    pub fn decide(&mut self, device: u32) {
+        if let Some(memory) = self.device_mut(device) {
+            (memory.doubt, memory.decided) = (None, device);
+        }
+    }
+
+    /// Whether nobody knows which of device and copy is newer.
+    #[must_use]
+    pub fn is_doubtful(&self, device: u32) -> bool {
+        let mut devices = self.devices.values();
+        devices.any(|memory| memory.device == device && memory.doubt.is_some())
+    }
+
+    /// A range of a device, in bytes, was changed. True: something of what its blocks held was known.
+    pub fn forget_blocks(&mut self, device: u32, start: u64, end: u64) -> bool {
+        let memory = self.device_mut(device);
+        memory.is_some_and(|memory| memory.origin.forget(start, end))
     }
 
     /// The present stream is about to be offered to the target. True: that is new, and must be durable first.
@@ -317,6 +368,9 @@ impl SetMemory {
                 None => "the device was away, its stream began anew, or a mirror was interrupted"
                     .to_owned(),
             };
+            let doubt = memory.and_then(|memory| memory.doubt.clone());
+            let automatic = once && doubt.is_none();
+            let reason = doubt.unwrap_or(reason);
             needs.push(Need {
                 device: offer.device,
                 label: offer.label.clone(),
@@ -326,7 +380,7 @@ impl SetMemory {
                 } else {
                     "it was never mirrored".to_owned()
                 },
-                automatic: once,
+                automatic,
             });
         }
         needs
@@ -446,6 +500,26 @@ mod tests {
         }
         assert_eq!(memory.lineage.len(), LINEAGE_MAX);
         assert_eq!(memory.lineage[..2], [Uuid([99; 16]), Uuid([97; 16])]);
+    }
+
+    #[test]
+    fn a_device_that_is_in_doubt_waits_for_an_operator() {
+        let offers = [offer(1)];
+        let reports = [report(1, VolumeSync::Unmirrored)];
+        let mut memory = memory(true);
+        assert!(memory.doubt(1, "another disk".into()) && !memory.doubt(1, "again".into()));
+        let need = |memory: &SetMemory| {
+            let mut needs = memory.needs(&offers, &reports, Some("new stream"));
+            needs.pop().map(|need| (need.reason, need.automatic))
+        };
+        assert_eq!(need(&memory), Some(("another disk".into(), false)));
+        memory.decide(1);
+        assert!(!memory.is_doubtful(1) && !memory.doubt(1, "another disk".into()));
+        assert_eq!(need(&memory), Some(("new stream".into(), true)));
+        // It is asked again about a disk that comes later.
+        memory.enter_stream(Uuid([2; 16]));
+        memory.enter_device(&offer(1));
+        assert!(memory.doubt(1, "another disk".into()));
     }
 
     #[test]

@@ -115,7 +115,6 @@ impl Probe {
         }
         let stat = read_word(&self.sysfs.join("stat"))?;
         Some(Mark::Count {
-            boot_id: read_word(Path::new("/proc/sys/kernel/random/boot_id"))?,
             sectors: stat.split_whitespace().nth(6)?.parse().ok()?,
         })
     }

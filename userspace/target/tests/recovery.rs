@@ -11,7 +11,9 @@ use common::{Agent, Lab, random};
 use dtloop_abi::testing::REGION_SECTORS;
 use dtloop_abi::{Extent, raw};
 use dtloop_api::{MirrorKind, Recovery, Request, SetStatus};
+use dtloop_core::identity::sample_offsets;
 use dtloop_core::mirror::JobKind;
+use dtloop_core::replica::SetMemory;
 
 const SECTORS: u64 = 8192;
 
@@ -48,6 +50,11 @@ fn intent(version: u64, acked: u64) -> raw::IntentStatus {
 
 /// A set that was in sync when its source crashed. The agent told version 7 of the intent file.
 fn crashed() -> Lab {
+    crashed_when(|_| true)
+}
+
+/// The same, once the agent remembers what pleases.
+fn crashed_when(known: impl Fn(&SetMemory) -> bool) -> Lab {
     let mut lab = Lab::new(SECTORS);
     lab.fill();
     let before = raw::IntentStatus {
@@ -65,9 +72,16 @@ fn crashed() -> Lab {
     };
     agent.request(&request).unwrap();
     agent.wait_in_sync();
+    agent.wait_for(|_| known(&lab.agent_memory()));
     agent.stop();
     lab.renew_stream();
     lab
+}
+
+/// The agent knows what the disk's blocks hold.
+fn knows_blocks(memory: &SetMemory) -> bool {
+    let device = memory.devices.get("vol");
+    device.is_some_and(|device| device.origin.missing(SECTORS * 512).is_empty())
 }
 
 /// Changes the device in a region as a write does that never left the source.
@@ -194,4 +208,82 @@ fn doubtful_marks_lead_to_a_comparison_of_everything_with_the_reason() {
         assert_eq!(job.kind, JobKind::Difference);
         assert!(job.reason.contains(reason), "{reason}: {}", job.reason);
     }
+}
+
+/// A disk that holds something else, without a mark or a record that tells of it, may be older than its copy.
+#[test]
+fn a_disk_that_was_restored_waits_for_an_operator() {
+    let lab = crashed_when(knows_blocks);
+    lab.stream.set_intent(&intent(7, 1));
+    lab.stream.mark_regions(lab.device, &[region(4)]);
+    let copy = std::fs::read(lab.image()).unwrap();
+    let older = random(77, usize::try_from(SECTORS * 512).unwrap());
+    lab.stream.set_content(lab.device, &older);
+    let mut agent = lab.start_agent(lab.start_target());
+    agent.wait_state("mirror needed");
+    let reason = agent.status().devices[0].reason.clone();
+    assert!(reason.contains("is not as it was"), "{reason}");
+    assert!(
+        reason.contains("dtloop mirror start --set db 1"),
+        "{reason}"
+    );
+    // What is written goes on, and the copy stays what it was: also after another start.
+    for round in 0..2 {
+        lab.fill_some(round);
+        agent.wait_for(|status| status.applied_seq == status.next_seq);
+        assert!(std::fs::read(lab.image()).unwrap() == copy);
+        let target = agent.target.take();
+        agent.stop();
+        agent = lab.start_agent_with(target);
+        agent.wait_state("mirror needed");
+    }
+    let request = Request::MirrorStart {
+        set: "db".into(),
+        devices: vec![],
+        kind: MirrorKind::Difference,
+        follow: true,
+    };
+    agent.request(&request).unwrap();
+    agent.wait_in_sync();
+    lab.assert_identical();
+    agent.stop();
+}
+
+#[test]
+fn what_a_crash_may_have_left_is_no_reason_for_doubt() {
+    let mut lab = crashed_when(knows_blocks);
+    lab.stream.set_intent(&intent(7, 1));
+    let offsets = sample_offsets(SECTORS * 512);
+    let (lost, written) = offsets.split_at(offsets.len() / 2);
+    let mut content = lab.stream.content(lab.device);
+    let mut marked = vec![];
+    for offset in lost {
+        let at = usize::try_from(*offset).unwrap();
+        content[at + 5] ^= 1;
+        marked.push(region(offset / 512 / REGION_SECTORS));
+    }
+    lab.stream.set_content(lab.device, &content);
+    lab.stream.mark_regions(lab.device, &marked);
+    for offset in written {
+        lab.write(offset / 512 + 1, &random(*offset, 512));
+    }
+    let mut agent = lab.start_agent(lab.start_target());
+    agent.wait_in_sync();
+    lab.assert_identical();
+    assert!(recovery(&agent.status()).unwrap().complete);
+    agent.stop();
+    // The marks have gone, and what they explained is not held against the disk by the next look.
+    lab.renew_stream_as(*b"the third stream");
+    let mut third = intent(8, 1);
+    third.bases[2] = raw::IntentBase {
+        stream_uuid: *b"the third stream",
+        acked: 0,
+    };
+    lab.stream.set_intent(&third);
+    lab.stream.mark_regions(lab.device, &[]);
+    let mut agent = lab.start_agent(lab.start_target());
+    agent.wait_in_sync();
+    assert!(lab.agent_memory().devices["vol"].doubt.is_none());
+    lab.assert_identical();
+    agent.stop();
 }

@@ -82,7 +82,7 @@ impl Worker {
         let (mut covered, mut doubt) = (vec![], None);
         for device in self.devices.clone() {
             let id = device.device_id;
-            if !candidates.contains(&id) {
+            if !candidates.contains(&id) || self.memory.is_doubtful(id) {
                 continue;
             }
             let kept = held.contains(&id);
@@ -234,6 +234,9 @@ impl Worker {
         }
         self.intents_tended = Instant::now();
         self.watch_intents(stream)?;
+        if !self.settle_origins() {
+            return Ok(());
+        }
         let acked = session.core.releasable().min(stream.ring().committed());
         let Some(cleared) = stream.intent_clear(acked)? else {
             return Ok(());

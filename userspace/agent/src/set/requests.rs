@@ -105,7 +105,12 @@ impl Worker {
         let item = |device: &&raw::DeviceStatus| {
             DeviceJob::new(device.device_id, device.label(), device.sectors)
         };
-        let devices = chosen.iter().map(item).collect();
+        let devices: Vec<DeviceJob> = chosen.iter().map(item).collect();
+        if kind.is_mirror() {
+            devices
+                .iter()
+                .for_each(|item| self.memory.decide(item.device));
+        }
         Ok(self.start_job(stream, kind, devices, "an operator asked for it".to_owned()))
     }
 

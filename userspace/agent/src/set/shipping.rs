@@ -71,6 +71,7 @@ impl Worker {
             self.shaper
                 .tick(|| stream.ring().desc(next).ok().map(|desc| desc.time_ns));
             self.tend_timetable(stream);
+            self.tend_origins(stream);
             let waits = self.drive(stream, session)?;
             self.prove(session)?;
             self.restore_order(session.core.ack().applied_seq);
@@ -285,6 +286,7 @@ impl Worker {
     /// What a record means for mirror and resync is decided when it is sent, not when it goes into the disk queue: a
     /// marker may stand only behind records that were sent, and an acknowledgement is for what was sent.
     pub(super) fn after_record(&mut self, seq: u64, body: &RecordBody) {
+        self.forget_blocks(body);
         if body.op == Op::Sync {
             let failed = !body.is_committed();
             let (device, start, sectors) =

@@ -241,7 +241,8 @@ impl Worker {
         if !mirrored {
             let last = self.memory.job.as_ref().and_then(|job| job.failed.clone());
             let once = memory.is_some_and(|memory| memory.mirrored_once);
-            let reason = match last {
+            let doubt = memory.and_then(|memory| memory.doubt.clone());
+            let reason = match doubt.or(last) {
                 Some(reason) if self.planner.is_none() => reason,
                 _ if once => "the target no longer holds a complete copy".to_owned(),
                 _ => "it was never mirrored; run dtloop mirror start".to_owned(),
