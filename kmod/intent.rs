@@ -60,10 +60,8 @@ pub(crate) struct Cell {
 pub(crate) struct Chunk {
     /// Sector of the file.
     place: u32,
-    /// Marks are wanted that changes wait for.
-    urgent: bool,
-    /// Marks are no longer wanted.
-    lazy: bool,
+    /// It is to hold other marks than it does.
+    due: bool,
     /// A write of it is under way.
     flying: bool,
 }
@@ -100,7 +98,7 @@ pub(crate) struct IntentMap<C, P> {
     misses: u64,
     /// The stream's position up to which the target had everything at the last round that cleared something.
     acked: u64,
-    /// Some chunk is urgent or lazy.
+    /// Set whenever a chunk that is not flying is due; a look at all of them that finds none takes it back.
     pending: bool,
 }
 
@@ -239,7 +237,7 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
         let safe = cell.safe & mask == mask;
         // The end of a write looks again at what it lacks.
         if !safe && !chunk.flying {
-            chunk.urgent = true;
+            chunk.due = true;
             self.pending = true;
         }
         safe
@@ -261,18 +259,22 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
     // -----------------------------------------------------------------------------------------
 
     /// Begins to write the next chunk that needs it, from `from` on: gives its number and fills `bits` with what it is
-    /// to hold. With `urgent` only chunks that somebody waits for. Ends with [`IntentMap::written`].
+    /// to hold. Ends with [`IntentMap::written`].
     pub(crate) fn begin_write(
         &mut self,
         from: usize,
-        urgent: bool,
         bits: &mut [u8; CHUNK_BYTES],
     ) -> Option<usize> {
         if !self.pending {
             return None;
         }
-        let due = |chunk: &Chunk| !chunk.flying && (chunk.urgent || (chunk.lazy && !urgent));
-        let number = from.saturating_add(self.chunks.get(from..)?.iter().position(due)?);
+        let due = |chunk: &Chunk| !chunk.flying && chunk.due;
+        let Some(found) = self.chunks.get(from..)?.iter().position(due) else {
+            // Those that fly tell at the end of their write whether they are due again.
+            self.pending = from != 0;
+            return None;
+        };
+        let number = from.saturating_add(found);
         let chunk = self.chunks.get_mut(number)?;
         *chunk = Chunk {
             place: chunk.place,
@@ -303,10 +305,9 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
                 // The file holds the old or the new content: what was safe before is in both.
                 cell.image = cell.safe;
             }
-            chunk.urgent |= cell.want & !cell.image != 0;
-            chunk.lazy |= cell.image & !cell.want != 0;
+            chunk.due |= cell.want != cell.image;
         }
-        self.pending = self.chunks.iter().any(|chunk| chunk.urgent || chunk.lazy);
+        self.pending |= chunk.due;
     }
 
     /// Takes the marks of a chunk from the file: they are there, and their regions are suspect.
@@ -369,8 +370,8 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
         }
         (self.hits, self.misses, self.acked) = (old.hits, old.misses, old.acked);
         for (chunk, from) in self.chunks.iter_mut().zip(old.chunks.iter()) {
-            (chunk.urgent, chunk.lazy) = (from.urgent, from.lazy);
-            self.pending |= chunk.urgent | chunk.lazy;
+            chunk.due = from.due;
+            self.pending |= chunk.due;
         }
     }
 
@@ -411,7 +412,7 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
             if idle != 0 {
                 cell.want &= !idle;
                 cell.safe &= !idle;
-                chunk.lazy = true;
+                chunk.due = true;
                 gone = gone.wrapping_add(u64::from(idle.count_ones()));
             }
         }

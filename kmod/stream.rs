@@ -1021,23 +1021,35 @@ impl Stream {
     pub(crate) fn join(&self, map: Arc<DirtyMap<DirtyWords>>) -> Result<(u32, u32)> {
         let mut state = self.state.lock();
         let lane = state.lanes.iter().position(Option::is_none).ok_or(ENOSPC)?;
+        if state.next_device == u32::MAX {
+            return Err(ENOSPC);
+        }
         if let Some(place) = state.lanes.get_mut(lane) {
             *place = Some(map);
         }
         let id = state.next_device;
-        state.next_device = id.checked_add(1).ok_or(ENOSPC)?;
+        state.next_device = id.wrapping_add(1);
         Ok((lane as u32, id))
     }
 
-    /// Frees a lane; nothing of its device is in flight.
+    /// Grows with each device that joins.
+    pub(crate) fn joined(&self) -> u32 {
+        self.state.lock().next_device
+    }
+
+    /// Frees a lane; nothing of its device is in flight. Its marks stay in the intent file.
+    ///
+    /// It does not wait for that file, whose disk may hang: whoever puts an intent map in a lane holds the mutex
+    /// that the worker holds, so a worker that is writing marks of this device finds no map when it is done.
     pub(crate) fn leave(&self, lane: u32) {
-        self.leave_intents(lane);
-        let map = {
+        let lane = lane as usize;
+        let maps = {
             let mut state = self.state.lock();
-            state.lanes.get_mut(lane as usize).and_then(Option::take)
+            let dirty = state.lanes.get_mut(lane).and_then(Option::take);
+            (dirty, state.maps.get_mut(lane).and_then(Option::take))
         };
         // Outside the lock: freeing may sleep.
-        drop(map);
+        drop(maps);
     }
 
     /// Replaces the dirty map of a device whose gate is closed, keeping what is marked.
