@@ -92,8 +92,6 @@ pub(crate) struct IntentMap<C, P> {
     regions: u64,
     marked: u64,
     suspects: u64,
-    /// Changes that found their regions marked.
-    hits: u64,
     /// Changes that had to wait for a mark.
     misses: u64,
     /// The stream's position up to which the target had everything at the last round that cleared something.
@@ -127,7 +125,6 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
             regions: regions_for(sectors, shift),
             marked: 0,
             suspects: 0,
-            hits: 0,
             misses: 0,
             acked: 0,
             pending: false,
@@ -144,9 +141,9 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
         self.suspects
     }
 
-    /// Changes that found their regions marked, and changes that had to wait for a mark.
-    pub(crate) fn counts(&self) -> (u64, u64) {
-        (self.hits, self.misses)
+    /// Changes that had to wait for a mark.
+    pub(crate) fn misses(&self) -> u64 {
+        self.misses
     }
 
     /// Chunks of the file.
@@ -191,7 +188,6 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
                 _ => return false,
             }
         }
-        self.hits = self.hits.wrapping_add(1);
         true
     }
 
@@ -368,7 +364,7 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
                     .wrapping_add(u64::from(cell.suspect.count_ones()));
             }
         }
-        (self.hits, self.misses, self.acked) = (old.hits, old.misses, old.acked);
+        (self.misses, self.acked) = (old.misses, old.acked);
         for (chunk, from) in self.chunks.iter_mut().zip(old.chunks.iter()) {
             chunk.due = from.due;
             self.pending |= chunk.due;

@@ -170,6 +170,7 @@ struct Counters {
     bad_releases: u64,
     intent_wait_ns: u64,
     intent_wait_ns_max: u64,
+    intent_hits: u64,
     intent_rounds: u64,
     intent_cleared: u64,
 }
@@ -535,7 +536,7 @@ impl Stream {
             };
             match delay {
                 Some(ms) => Obstacle::Delay(ms),
-                None => match self.try_admit(&mut state, device, request, range, None, true) {
+                None => match self.try_first(&mut state, device, request, range) {
                     Ok(admitted) => return Ok(admitted),
                     Err(obstacle) => obstacle,
                 },
@@ -592,6 +593,22 @@ impl Stream {
         counters.throttles = counters.throttles.wrapping_add(1);
         counters.throttle_ns = counters.throttle_ns.saturating_add(waited);
         counters.throttle_ns_max = counters.throttle_ns_max.max(waited);
+    }
+
+    /// The first try of a change, which counts whether its regions were marked.
+    #[inline]
+    fn try_first(
+        &self,
+        state: &mut State,
+        device: &Device,
+        request: &Request,
+        range: GateRange,
+    ) -> Result<Admitted, Obstacle> {
+        let outcome = self.try_admit(state, device, request, range, None, true);
+        if state.intent_on && request.sectors != 0 && !matches!(outcome, Err(Obstacle::Intent)) {
+            state.counters.intent_hits = state.counters.intent_hits.wrapping_add(1);
+        }
+        outcome
     }
 
     #[inline]
@@ -749,7 +766,7 @@ impl Stream {
                 Obstacle::Delay(ms) => {
                     self.sleep_off(device, ms);
                     let mut state = self.state.lock();
-                    self.try_admit(&mut state, device, request, range, None, may_wait)
+                    self.try_first(&mut state, device, request, range)
                         .map_err(Some)
                 }
                 Obstacle::Intent => {

@@ -546,12 +546,11 @@ impl Stream {
             status.flags |= abi::INTENT_FAILED;
         }
         for (_, map) in state.maps.iter().flatten() {
-            let (hits, misses) = map.counts();
             status.marked = status.marked.wrapping_add(map.marked());
             status.suspect = status.suspect.wrapping_add(map.suspects());
-            status.hits = status.hits.wrapping_add(hits);
-            status.misses = status.misses.wrapping_add(misses);
+            status.misses = status.misses.wrapping_add(map.misses());
         }
+        status.hits = state.counters.intent_hits;
         status.wait_ns = state.counters.intent_wait_ns;
         status.wait_ns_max = state.counters.intent_wait_ns_max;
         status.rounds = state.counters.intent_rounds;
