@@ -334,6 +334,7 @@ impl Worker {
             let seen = Seen {
                 ring_percent: ring_percent(&status),
                 gap: status.has(dtloop_abi::raw::STREAM_GAP),
+                marked: status.gap_changes,
                 connected,
                 queued: 0,
                 health: QueueHealth::Absent,
