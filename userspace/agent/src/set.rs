@@ -12,6 +12,7 @@
 //! `dtloop` and the reads of mirrors are taken in turn.
 
 mod jobs;
+mod meanwhile;
 mod queueing;
 mod recovery;
 mod requests;
@@ -46,7 +47,7 @@ use shared::lock;
 pub use shared::{Command, SetShared};
 
 use crate::config::SetConfig;
-use crate::link::{Link, LinkError, Watcher};
+use crate::link::{Link, LinkError};
 use crate::shaper::Shaper;
 use crate::ship::{Outbox, ShipError};
 use crate::snapshot::{JobView, recovery};
@@ -179,7 +180,7 @@ pub struct Worker {
     shared: Arc<SetShared>,
     streams: Arc<dyn Streams>,
     source_id: Uuid,
-    vault: Vault,
+    vault: Arc<Vault>,
     path: PathBuf,
     memory: SetMemory,
     persisted: SetMemory,
@@ -261,7 +262,7 @@ impl Worker {
             shared,
             streams,
             source_id,
-            vault: Vault::new(state_dir),
+            vault: Arc::new(Vault::new(state_dir)),
             path,
             persisted: memory.clone(),
             memory,
@@ -535,12 +536,13 @@ impl Worker {
             reason,
             retry_ms: 0,
         };
-        let watcher = Arc::clone(&self.shared) as Arc<dyn Watcher>;
+        let (target, transport) = (self.config.target.clone(), self.config.transport);
+        let vault = Arc::clone(&self.vault);
         let mut link = Link::connect(
-            &self.config.target,
-            self.config.transport,
-            &self.vault,
-            watcher,
+            &target,
+            transport,
+            &vault,
+            &mut self.meanwhile(stream, None),
         )?;
         let (first_seq, next_seq) = (self.first_seq(stream), stream.ring().next_seq());
         let hello = Hello {
@@ -558,13 +560,14 @@ impl Worker {
         };
         let mut outbox = Outbox::default();
         outbox.message(0, 0, &Message::Hello(hello))?;
-        outbox.send(&mut link, None, None)?;
-        let welcome = match link.expect_message(WELCOME_TIMEOUT)? {
+        let meanwhile = &mut self.meanwhile(stream, None);
+        outbox.send(&mut link, None, None, meanwhile)?;
+        let welcome = match link.expect_message(WELCOME_TIMEOUT, meanwhile)? {
             (_, Message::Welcome(welcome)) => welcome,
             (_, Message::Refuse(refuse)) => return Err(End::Refused(refuse)),
             _ => return Err(End::Link(LinkError::Flood)),
         };
-        let Message::Past(past) = link.expect_message(WELCOME_TIMEOUT)?.1 else {
+        let Message::Past(past) = link.expect_message(WELCOME_TIMEOUT, meanwhile)?.1 else {
             return Err(End::Link(LinkError::Flood));
         };
         let (core, resumed) =
@@ -586,7 +589,10 @@ impl Worker {
         session
             .outbox
             .message(id, 0, &Message::Ping(session.core.next_to_send()))?;
-        session.outbox.send(&mut session.link, None, None)?;
+        let meanwhile = &mut self.meanwhile(stream, None);
+        session
+            .outbox
+            .send(&mut session.link, None, None, meanwhile)?;
         self.reconcile(stream, &mut session, welcome, resumed)?;
         self.totals.connections += 1;
         tracing::info!(

@@ -160,6 +160,48 @@ fn a_stuck_connection_does_not_keep_the_ring_full() {
     agent.stop();
 }
 
+/// Whoever asks gets an answer, and a true one, while a batch waits for a connection that takes nothing.
+#[test]
+fn requests_are_answered_while_a_connection_is_stuck() {
+    let lab = Lab::new(SECTORS).with_queue(64 * MIB);
+    let target = lab.start_target();
+    let faults = Faults::new(target.address, 1);
+    let mut agent = lab.start_agent_to(faults.address);
+    agent.target = Some(target);
+    full_mirror(&mut agent);
+    faults.hold();
+    lab.write_when_there_is_room(3, 24 * MIB);
+    let begin = Instant::now();
+    let wait = Request::Wait {
+        set: "db".into(),
+        timeout_ms: Some(100),
+    };
+    let answer = agent.request(&wait);
+    assert!(
+        matches!(&answer, Err(failure) if failure.code == FailureCode::TimedOut),
+        "{answer:?}"
+    );
+    // Far from the time after which the connection would be given up.
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    lab.fill_some(4);
+    let made = lab.stream.status().unwrap().next_seq;
+    agent.wait_for(|status| status.next_seq >= made);
+    let stop = Request::MirrorStop {
+        set: "db".into(),
+        devices: vec![],
+    };
+    let answer = agent.request(&stop);
+    assert!(
+        matches!(&answer, Err(failure) if failure.code == FailureCode::NothingToDo),
+        "{answer:?}"
+    );
+    assert_eq!(faults.accepted(), 1, "the connection was given up");
+    faults.heal();
+    agent.wait_in_sync();
+    lab.assert_identical();
+    agent.stop();
+}
+
 #[test]
 fn an_agent_restarted_again_and_again_goes_on_with_its_queue() {
     let lab = Lab::new(SECTORS).with_queue(128 * MIB);

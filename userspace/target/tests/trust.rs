@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::{Agent, Faults, Lab, Target, free_port};
 use dtloop_agent::config::TransportKind;
-use dtloop_agent::link::{Link, LinkError};
+use dtloop_agent::link::{Link, LinkError, Nobody};
 use dtloop_agent::pairing::{PairError, pair};
 use dtloop_api::{Connection, MirrorKind, Outcome, Request};
 use dtloop_proto::message::Pair;
@@ -241,7 +241,7 @@ fn plaintext_and_tls_do_not_meet() {
         "192.0.2.1:7788",
         TransportKind::Plaintext,
         &vault,
-        common::nobody(),
+        &mut Nobody,
     );
     assert!(matches!(link, Err(LinkError::Open(_))));
 }
@@ -479,10 +479,12 @@ fn the_agent_tells_a_cut_from_a_farewell() {
             &address.to_string(),
             TransportKind::Tls,
             &source,
-            common::nobody(),
+            &mut Nobody,
         )
         .unwrap();
-        let end = link.expect_message(Duration::from_secs(30)).unwrap_err();
+        let end = link
+            .expect_message(Duration::from_secs(30), &mut Nobody)
+            .unwrap_err();
         assert!(
             matches!(
                 (says_farewell, &end),

@@ -26,7 +26,6 @@ use dtloop_abi::CaptureStream;
 use dtloop_abi::testing::FakeStream;
 use dtloop_agent::config::{Compression, QueueConfig, SetConfig, SyncMode, TransportKind};
 use dtloop_agent::control::{self, Sets};
-use dtloop_agent::link::Watcher;
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::Streams;
 use dtloop_api::{Client, ClientError, Connection, Failure, Outcome, Request, SetStatus};
@@ -75,18 +74,6 @@ impl Streams for OneStream {
     fn open(&self, _set: &str) -> Result<Arc<dyn CaptureStream>, String> {
         Ok(Arc::new(self.0.lock().unwrap().clone()))
     }
-}
-
-/// Nobody waits while a link sends.
-pub fn nobody() -> Arc<dyn Watcher> {
-    struct Nobody;
-    impl Watcher for Nobody {
-        fn heard(&self, _: &dtloop_proto::Message) {}
-        fn must_end(&self) -> bool {
-            false
-        }
-    }
-    Arc::new(Nobody)
 }
 
 /// A source device, directories for both sides.
