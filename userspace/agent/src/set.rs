@@ -181,6 +181,8 @@ pub struct Worker {
     streams: Arc<dyn Streams>,
     source_id: Uuid,
     vault: Arc<Vault>,
+    /// What this machine was paired with when a connection was last tried.
+    tried_with: Option<u64>,
     path: PathBuf,
     memory: SetMemory,
     persisted: SetMemory,
@@ -263,6 +265,7 @@ impl Worker {
             streams,
             source_id,
             vault: Arc::new(Vault::new(state_dir)),
+            tried_with: None,
             path,
             persisted: memory.clone(),
             memory,
@@ -348,21 +351,45 @@ impl Worker {
         self.persist(true);
     }
 
-    /// Waits without a session, answering requests.
-    fn rest(&mut self, stream: Option<&dyn CaptureStream>, time: Duration) {
+    /// Waits without a session, answering requests; not longer than until a refusal may no longer be one. True: that is so.
+    fn rest(&mut self, stream: Option<&dyn CaptureStream>, time: Duration) -> bool {
         let until = Instant::now() + time;
+        let refused = matches!(self.connection, Connection::Refused { .. });
         loop {
             self.take_commands(stream);
+            // Behind the requests: what is published next is what those wait for who have just asked.
+            self.notice_pairing();
+            if refused && !matches!(self.connection, Connection::Refused { .. }) {
+                return true;
+            }
             self.publish(stream, None);
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || self.shared.is_stopping() {
-                return;
+                return false;
             }
             if let Connection::Connecting { retry_ms, .. } = &mut self.connection {
                 *retry_ms = crate::snapshot::ms(left);
             }
             self.wait_for_wake(left.min(PUBLISH_EVERY));
         }
+    }
+
+    /// Whatever this machine was refused for before it was paired is no answer to anybody any more.
+    fn notice_pairing(&mut self) {
+        let refused = matches!(self.connection, Connection::Refused { .. });
+        if refused && self.pairings() != self.tried_with {
+            let reason = "this machine was paired a moment ago".to_owned();
+            self.connection = Connection::Connecting {
+                reason,
+                retry_ms: 0,
+            };
+        }
+    }
+
+    /// None: not known.
+    fn pairings(&self) -> Option<u64> {
+        let targets = self.vault.targets().ok();
+        targets.map(|targets| targets.changes())
     }
 
     fn wait_for_wake(&self, timeout: Duration) {
@@ -473,6 +500,8 @@ impl Worker {
                     self.connection = Connection::Refused {
                         reason: error.to_string(),
                     };
+                    // Until somebody pairs, which is noticed at once.
+                    pause = self.config.retry_max();
                 }
                 _ => {
                     self.connection = Connection::Connecting {
@@ -491,8 +520,11 @@ impl Worker {
                 said = text;
             }
             self.persist(false);
-            self.rest(Some(stream), pause);
+            let is_paired = self.rest(Some(stream), pause);
             pause = (pause * 2).min(self.config.retry_max());
+            if is_paired {
+                pause = RETRY_MIN;
+            }
         }
         End::Stopping
     }
@@ -538,6 +570,7 @@ impl Worker {
         };
         let (target, transport) = (self.config.target.clone(), self.config.transport);
         let vault = Arc::clone(&self.vault);
+        self.tried_with = self.pairings();
         let mut link = Link::connect(
             &target,
             transport,

@@ -292,7 +292,9 @@ fn client_hello_of_tls_1_2() -> Vec<u8> {
 
 #[test]
 fn a_revocation_cuts_a_live_connection() {
-    let lab = Lab::secure(SECTORS);
+    // Nothing here waits for the next attempt.
+    let mut lab = Lab::secure(SECTORS);
+    lab.retry_ms_max = 600_000;
     let target = lab.start_target();
     let mut agent = lab.start_agent_to(target.address);
     agent.request(&mirror()).unwrap();
@@ -313,7 +315,12 @@ fn a_revocation_cuts_a_live_connection() {
     let code = invite(&lab, None, 900);
     let source = Vault::new(&lab.agent_dir());
     pair(&source, &target.address.to_string(), &code, "alpha").unwrap();
-    agent.wait_in_sync();
+    // Whoever asks from now on is not told of the refusal.
+    let wait = Request::Wait {
+        set: "db".into(),
+        timeout_ms: Some(60_000),
+    };
+    agent.request(&wait).unwrap();
     lab.assert_identical();
     agent.target = Some(target);
     agent.stop();

@@ -86,6 +86,8 @@ pub struct Lab {
     pub journal_bytes: (u64, u64),
     /// Over TLS, between paired peers.
     pub tls: bool,
+    /// Longest pause between two connections.
+    pub retry_ms_max: u64,
     /// What the agent is told to do.
     pub compression: Compression,
     /// The agent's disk queue, and the disk it is on if it is not this machine's.
@@ -105,6 +107,7 @@ impl Lab {
             sectors,
             journal_bytes: (64 << 20, 16 << 20),
             tls: false,
+            retry_ms_max: 100,
             compression: Compression::default(),
             queue: None,
             queue_disk: None,
@@ -280,7 +283,7 @@ impl Lab {
             } else {
                 TransportKind::Plaintext
             },
-            retry_ms_max: 100,
+            retry_ms_max: self.retry_ms_max,
             bandwidth: Default::default(),
             compression: self.compression,
             mirror_rate: Default::default(),
