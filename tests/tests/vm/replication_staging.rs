@@ -9,10 +9,11 @@ use crate::replication_rig::{DEV, IMAGE, Rig};
 
 const LOG: &str = "/var/log/dttarget.log";
 
-/// A device with a file system and some files in it, mirrored.
+/// A device with a file system and some files in it, mirrored. What mkfs discards may read as anything afterwards, so all
+/// of it would be sent again, and staged.
 fn with_files(rig: &Rig) -> Result<()> {
     rig.source().sh(format!(
-        "mkfs.ext4 -q {DEV}; mkdir -p /mnt/dev; mount {DEV} /mnt/dev; cp -r /usr/lib/udev /mnt/dev; umount /mnt/dev"
+        "mkfs.ext4 -q -E nodiscard {DEV}; mkdir -p /mnt/dev; mount {DEV} /mnt/dev; cp -r /usr/lib/udev /mnt/dev; umount /mnt/dev"
     ))?;
     rig.same()
 }
