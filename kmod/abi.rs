@@ -651,7 +651,8 @@ pub const FOUND_RESIZED: u32 = 8;
 /// A usable file of this set goes on: each device that is attached finds its marks by its label. Any other one begins
 /// anew. A device that is attached already has all its regions marked. `EBUSY` the stream has one; `ETXTBSY` the file is in
 /// use; `EDEADLK` it lies on a loop device of this module; `EOPNOTSUPP` the file system does not tell, or the file has
-/// holes; `EINVAL` a size out of range (64 KiB to 64 MiB, whole blocks of 4096); `ENOSPC` it is too small for the devices.
+/// holes; `EINVAL` a size out of range (64 KiB to 64 MiB, whole blocks of 4096); `ENOSPC` it is too small for the devices;
+/// `EAGAIN` a device is being attached right now.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StreamIntent {

@@ -169,6 +169,7 @@ fn set_intents(mut request: abi::StreamIntent) -> Result<abi::StreamIntent> {
         return Err(EINVAL);
     }
     let stream = find_stream(request.stream_id)?;
+    let joined = stream.joined();
     let mut devices = KVec::new();
     with_registry(|registry| registry.devices_of(&stream, &mut devices))?;
     let wish = IntentWish {
@@ -179,7 +180,16 @@ fn set_intents(mut request: abi::StreamIntent) -> Result<abi::StreamIntent> {
         idle_ms: request.idle_ms,
         source: request.source,
     };
-    request.found = stream.set_intents(&wish, &devices)?;
+    request.found = stream.set_intents(&wish, &devices, joined)?;
+    let is_there = with_registry(|registry| {
+        let found = registry.stream(request.stream_id);
+        found.is_some_and(|found| Arc::ptr_eq(found, &stream))
+    });
+    if !is_there {
+        // It was destroyed meanwhile, and what destroyed it may not have seen the file.
+        stream.close_intents();
+        return Err(ENOENT);
+    }
     Ok(request)
 }
 

@@ -60,10 +60,8 @@ pub(crate) struct Cell {
 pub(crate) struct Chunk {
     /// Sector of the file.
     place: u32,
-    /// Marks are wanted that changes wait for.
-    urgent: bool,
-    /// Marks are no longer wanted.
-    lazy: bool,
+    /// It is to hold other marks than it does.
+    due: bool,
     /// A write of it is under way.
     flying: bool,
 }
@@ -94,13 +92,11 @@ pub(crate) struct IntentMap<C, P> {
     regions: u64,
     marked: u64,
     suspects: u64,
-    /// Changes that found their regions marked.
-    hits: u64,
     /// Changes that had to wait for a mark.
     misses: u64,
     /// The stream's position up to which the target had everything at the last round that cleared something.
     acked: u64,
-    /// Some chunk is urgent or lazy.
+    /// Set whenever a chunk that is not flying is due; a look at all of them that finds none takes it back.
     pending: bool,
 }
 
@@ -129,7 +125,6 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
             regions: regions_for(sectors, shift),
             marked: 0,
             suspects: 0,
-            hits: 0,
             misses: 0,
             acked: 0,
             pending: false,
@@ -146,9 +141,9 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
         self.suspects
     }
 
-    /// Changes that found their regions marked, and changes that had to wait for a mark.
-    pub(crate) fn counts(&self) -> (u64, u64) {
-        (self.hits, self.misses)
+    /// Changes that had to wait for a mark.
+    pub(crate) fn misses(&self) -> u64 {
+        self.misses
     }
 
     /// Chunks of the file.
@@ -193,7 +188,6 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
                 _ => return false,
             }
         }
-        self.hits = self.hits.wrapping_add(1);
         true
     }
 
@@ -239,7 +233,7 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
         let safe = cell.safe & mask == mask;
         // The end of a write looks again at what it lacks.
         if !safe && !chunk.flying {
-            chunk.urgent = true;
+            chunk.due = true;
             self.pending = true;
         }
         safe
@@ -261,18 +255,22 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
     // -----------------------------------------------------------------------------------------
 
     /// Begins to write the next chunk that needs it, from `from` on: gives its number and fills `bits` with what it is
-    /// to hold. With `urgent` only chunks that somebody waits for. Ends with [`IntentMap::written`].
+    /// to hold. Ends with [`IntentMap::written`].
     pub(crate) fn begin_write(
         &mut self,
         from: usize,
-        urgent: bool,
         bits: &mut [u8; CHUNK_BYTES],
     ) -> Option<usize> {
         if !self.pending {
             return None;
         }
-        let due = |chunk: &Chunk| !chunk.flying && (chunk.urgent || (chunk.lazy && !urgent));
-        let number = from.saturating_add(self.chunks.get(from..)?.iter().position(due)?);
+        let due = |chunk: &Chunk| !chunk.flying && chunk.due;
+        let Some(found) = self.chunks.get(from..)?.iter().position(due) else {
+            // Those that fly tell at the end of their write whether they are due again.
+            self.pending = from != 0;
+            return None;
+        };
+        let number = from.saturating_add(found);
         let chunk = self.chunks.get_mut(number)?;
         *chunk = Chunk {
             place: chunk.place,
@@ -303,10 +301,9 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
                 // The file holds the old or the new content: what was safe before is in both.
                 cell.image = cell.safe;
             }
-            chunk.urgent |= cell.want & !cell.image != 0;
-            chunk.lazy |= cell.image & !cell.want != 0;
+            chunk.due |= cell.want != cell.image;
         }
-        self.pending = self.chunks.iter().any(|chunk| chunk.urgent || chunk.lazy);
+        self.pending |= chunk.due;
     }
 
     /// Takes the marks of a chunk from the file: they are there, and their regions are suspect.
@@ -367,10 +364,10 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
                     .wrapping_add(u64::from(cell.suspect.count_ones()));
             }
         }
-        (self.hits, self.misses, self.acked) = (old.hits, old.misses, old.acked);
+        (self.misses, self.acked) = (old.misses, old.acked);
         for (chunk, from) in self.chunks.iter_mut().zip(old.chunks.iter()) {
-            (chunk.urgent, chunk.lazy) = (from.urgent, from.lazy);
-            self.pending |= chunk.urgent | chunk.lazy;
+            chunk.due = from.due;
+            self.pending |= chunk.due;
         }
     }
 
@@ -411,7 +408,7 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
             if idle != 0 {
                 cell.want &= !idle;
                 cell.safe &= !idle;
-                chunk.lazy = true;
+                chunk.due = true;
                 gone = gone.wrapping_add(u64::from(idle.count_ones()));
             }
         }

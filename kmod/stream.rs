@@ -170,6 +170,7 @@ struct Counters {
     bad_releases: u64,
     intent_wait_ns: u64,
     intent_wait_ns_max: u64,
+    intent_hits: u64,
     intent_rounds: u64,
     intent_cleared: u64,
 }
@@ -535,7 +536,7 @@ impl Stream {
             };
             match delay {
                 Some(ms) => Obstacle::Delay(ms),
-                None => match self.try_admit(&mut state, device, request, range, None, true) {
+                None => match self.try_first(&mut state, device, request, range) {
                     Ok(admitted) => return Ok(admitted),
                     Err(obstacle) => obstacle,
                 },
@@ -592,6 +593,22 @@ impl Stream {
         counters.throttles = counters.throttles.wrapping_add(1);
         counters.throttle_ns = counters.throttle_ns.saturating_add(waited);
         counters.throttle_ns_max = counters.throttle_ns_max.max(waited);
+    }
+
+    /// The first try of a change, which counts whether its regions were marked.
+    #[inline]
+    fn try_first(
+        &self,
+        state: &mut State,
+        device: &Device,
+        request: &Request,
+        range: GateRange,
+    ) -> Result<Admitted, Obstacle> {
+        let outcome = self.try_admit(state, device, request, range, None, true);
+        if state.intent_on && request.sectors != 0 && !matches!(outcome, Err(Obstacle::Intent)) {
+            state.counters.intent_hits = state.counters.intent_hits.wrapping_add(1);
+        }
+        outcome
     }
 
     #[inline]
@@ -749,7 +766,7 @@ impl Stream {
                 Obstacle::Delay(ms) => {
                     self.sleep_off(device, ms);
                     let mut state = self.state.lock();
-                    self.try_admit(&mut state, device, request, range, None, may_wait)
+                    self.try_first(&mut state, device, request, range)
                         .map_err(Some)
                 }
                 Obstacle::Intent => {
@@ -1021,23 +1038,35 @@ impl Stream {
     pub(crate) fn join(&self, map: Arc<DirtyMap<DirtyWords>>) -> Result<(u32, u32)> {
         let mut state = self.state.lock();
         let lane = state.lanes.iter().position(Option::is_none).ok_or(ENOSPC)?;
+        if state.next_device == u32::MAX {
+            return Err(ENOSPC);
+        }
         if let Some(place) = state.lanes.get_mut(lane) {
             *place = Some(map);
         }
         let id = state.next_device;
-        state.next_device = id.checked_add(1).ok_or(ENOSPC)?;
+        state.next_device = id.wrapping_add(1);
         Ok((lane as u32, id))
     }
 
-    /// Frees a lane; nothing of its device is in flight.
+    /// Grows with each device that joins.
+    pub(crate) fn joined(&self) -> u32 {
+        self.state.lock().next_device
+    }
+
+    /// Frees a lane; nothing of its device is in flight. Its marks stay in the intent file.
+    ///
+    /// It does not wait for that file, whose disk may hang: whoever puts an intent map in a lane holds the mutex
+    /// that the worker holds, so a worker that is writing marks of this device finds no map when it is done.
     pub(crate) fn leave(&self, lane: u32) {
-        self.leave_intents(lane);
-        let map = {
+        let lane = lane as usize;
+        let maps = {
             let mut state = self.state.lock();
-            state.lanes.get_mut(lane as usize).and_then(Option::take)
+            let dirty = state.lanes.get_mut(lane).and_then(Option::take);
+            (dirty, state.maps.get_mut(lane).and_then(Option::take))
         };
         // Outside the lock: freeing may sleep.
-        drop(map);
+        drop(maps);
     }
 
     /// Replaces the dirty map of a device whose gate is closed, keeping what is marked.

@@ -88,11 +88,16 @@ impl WorkItem for Stream {
 }
 
 impl Stream {
-    /// Gives the stream its intent file; see [`abi::StreamIntent`]. Gives `FOUND_*`.
+    /// Gives the stream its intent file; see [`abi::StreamIntent`]. Gives `FOUND_*`. `devices` are those in the table
+    /// at a moment after [`Stream::joined`] gave `joined`.
+    ///
+    /// `EAGAIN` while another one is being attached. That one may have looked for an intent file before this one was
+    /// there, and its changes would go unmarked. Who joins once the mutex is held looks after it.
     pub(crate) fn set_intents(
         self: &Arc<Self>,
         wish: &IntentWish,
         devices: &[Arc<Device>],
+        joined: u32,
     ) -> Result<u32> {
         let region_bytes = match wish.region_bytes {
             0 => abi::REGION_BYTES_DEFAULT,
@@ -105,6 +110,9 @@ impl Stream {
         let mut guard = self.intents.lock();
         if guard.is_some() {
             return Err(EBUSY);
+        }
+        if !self.state.lock().are_all(devices, joined) {
+            return Err(EAGAIN);
         }
         let mut store = Store::open(&Wish {
             fd: wish.fd,
@@ -161,14 +169,15 @@ impl Stream {
         drop(intents);
     }
 
-    /// Puts the map of a lane in its place, and drops the former one.
+    /// Puts the map of a lane in its place, and drops the former one; drops that of a device which has left.
     fn place_map(&self, lane: u32, map: Option<(u32, KBox<Map>)>) {
         let former = {
             let mut state = self.state.lock();
-            state
-                .maps
-                .get_mut(lane as usize)
-                .and_then(|place| core::mem::replace(place, map))
+            let is_taken = matches!(state.lanes.get(lane as usize), Some(Some(_)));
+            match state.maps.get_mut(lane as usize) {
+                Some(place) if is_taken => core::mem::replace(place, map),
+                _ => map,
+            }
         };
         // Outside the lock: freeing may sleep.
         drop(former);
@@ -207,13 +216,6 @@ impl Stream {
             let mut maps = state.maps.iter().flatten();
             maps.any(|(taken, _)| *taken == slot)
         })
-    }
-
-    /// The device of a lane leaves; its marks stay in the file.
-    pub(super) fn leave_intents(&self, lane: u32) {
-        // Not while the worker writes them.
-        let _guard = self.intents.lock();
-        self.place_map(lane, None);
     }
 
     /// The device has another size; its gate is closed.
@@ -395,7 +397,7 @@ impl Stream {
         let (first, mut from) = at;
         for lane in first..state.maps.len() as u32 {
             if let Some(Some((slot, map))) = state.maps.get_mut(lane as usize) {
-                if let Some(chunk) = map.begin_write(from, false, bits) {
+                if let Some(chunk) = map.begin_write(from, bits) {
                     let marks = Marks {
                         place: map.place(chunk),
                         slot: *slot,
@@ -544,17 +546,26 @@ impl Stream {
             status.flags |= abi::INTENT_FAILED;
         }
         for (_, map) in state.maps.iter().flatten() {
-            let (hits, misses) = map.counts();
             status.marked = status.marked.wrapping_add(map.marked());
             status.suspect = status.suspect.wrapping_add(map.suspects());
-            status.hits = status.hits.wrapping_add(hits);
-            status.misses = status.misses.wrapping_add(misses);
+            status.misses = status.misses.wrapping_add(map.misses());
         }
+        status.hits = state.counters.intent_hits;
         status.wait_ns = state.counters.intent_wait_ns;
         status.wait_ns_max = state.counters.intent_wait_ns_max;
         status.rounds = state.counters.intent_rounds;
         status.cleared = state.counters.intent_cleared;
         status
+    }
+}
+
+impl State {
+    /// Whether `devices`, who were in the table after the number of those who had ever joined was `joined`, are all who
+    /// have a lane. A lane's former owner left the table before the lane was free, so nobody is taken for another.
+    fn are_all(&self, devices: &[Arc<Device>], joined: u32) -> bool {
+        let known = |lane: usize| devices.iter().any(|device| device.lane() as usize == lane);
+        let mut lanes = self.lanes.iter().enumerate();
+        self.next_device == joined && lanes.all(|(lane, taken)| taken.is_none() || known(lane))
     }
 }
 

@@ -391,9 +391,9 @@ impl Vm {
 
     // Files.
 
-    /// Writes a file in the guest.
+    /// Writes a file in the guest; it survives a power cut.
     pub fn put(&self, path: &str, bytes: &[u8]) -> Result<()> {
-        let job = self.spawn(format!("cat > '{path}'"))?;
+        let job = self.spawn(format!("cat > '{path}'; sync -f '{path}'"))?;
         job.write(bytes)?;
         job.end_input()?;
         job.finish(patience(120)).map(drop)

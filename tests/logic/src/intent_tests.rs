@@ -133,7 +133,7 @@ impl World {
     fn begin_writes(&mut self) {
         let mut from = 0;
         let mut bits = [0; CHUNK_BYTES];
-        while let Some(chunk) = self.map.begin_write(from, false, &mut bits) {
+        while let Some(chunk) = self.map.begin_write(from, &mut bits) {
             self.flight.insert(chunk, regions_in(&bits, chunk));
             from = chunk + 1;
         }
@@ -335,16 +335,16 @@ fn one_write_serves_all_who_wait() {
     let mut map = map(SECTORS);
     assert!(!map.mark(0, 8, true) && !map.mark(9 * REGION, 8, true));
     let mut bits = [0; CHUNK_BYTES];
-    assert_eq!(map.begin_write(0, true, &mut bits), Some(0));
+    assert_eq!(map.begin_write(0, &mut bits), Some(0));
     assert_eq!(regions_in(&bits, 0), [0, 9].into());
     assert!(!map.mark(20 * REGION, 8, true), "too late for this write");
     map.written(0, true);
     assert!(map.is_safe(0, 8) && map.is_safe(9 * REGION, 8) && !map.is_safe(20 * REGION, 8));
-    assert_eq!(map.begin_write(0, true, &mut bits), Some(0));
+    assert_eq!(map.begin_write(0, &mut bits), Some(0));
     map.written(0, true);
     assert!(map.touch(20 * REGION, 8));
-    assert_eq!(map.begin_write(0, false, &mut bits), None);
-    assert_eq!(map.counts(), (1, 3));
+    assert_eq!(map.begin_write(0, &mut bits), None);
+    assert_eq!(map.misses(), 3);
 }
 
 #[test]
@@ -371,7 +371,7 @@ fn a_map_that_comes_late_marks_everything() {
     assert_eq!(map.marked(), regions_for(SECTORS, SHIFT_MIN));
     let mut bits = [0; CHUNK_BYTES];
     for chunk in 0..2 {
-        assert_eq!(map.begin_write(chunk, true, &mut bits), Some(chunk));
+        assert_eq!(map.begin_write(chunk, &mut bits), Some(chunk));
         map.written(chunk, true);
     }
     assert!(map.touch(0, SECTORS));
@@ -393,7 +393,7 @@ fn a_device_that_grows_keeps_its_marks() {
     let mut old = map(small);
     let mut bits = [0; CHUNK_BYTES];
     assert!(!old.mark(0, small, true));
-    old.begin_write(0, true, &mut bits);
+    old.begin_write(0, &mut bits);
     old.written(0, true);
     let mut new = map(SECTORS);
     new.take_over(&old);

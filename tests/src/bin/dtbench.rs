@@ -5,7 +5,10 @@
 //! A machine with one virtual processor on which one guest instruction takes one guest nanosecond, so that two runs agree
 //! to a fraction of a percent whatever else the host does. Each row is a device over the same RAM disk, written once
 //! before; each column a fio workload; a figure is operations per guest second, with its ratio to the raw RAM disk of the
-//! same run. The capturing row has a consumer that drains and releases, on the same processor.
+//! same run. The capturing rows have a consumer that drains and releases, on the same processor.
+//!
+//! Then what the write-intent map costs: the first write of a region, which waits for its mark, against a later one. Its
+//! file lies on a RAM disk as well, so the figures are what the processor does; a disk's own write comes on top.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,7 +17,14 @@ use anyhow::{Context, Result, bail};
 use dtloop_tests::Vm;
 use serde_json::{Value, json};
 
-const USAGE: &str = "usage: scripts/bench [--json FILE] [--rows raw,dm-linear,loop,dtloop]";
+const USAGE: &str =
+    "usage: scripts/bench [--json FILE] [--rows raw,dm-linear,loop,dtloop-unmarked,dtloop]";
+
+/// Where the machine keeps intent files: a RAM disk of their own.
+const INTENT_DIR: &str = "/run/intent";
+
+/// Least ratio of hot writes with an intent map to those without.
+const HOT_GOAL: f64 = 0.98;
 
 /// Size of the RAM disk in MiB.
 const DISK_MIB: u64 = 256;
@@ -70,13 +80,17 @@ enum Target {
     Raw,
     DmLinear,
     Loop,
+    /// Without an intent map.
+    Unmarked,
+    /// As it comes: with one, whose regions are hot.
     Dtloop,
 }
 
-const TARGETS: [(Target, &str); 4] = [
+const TARGETS: [(Target, &str); 5] = [
     (Target::Raw, "raw"),
     (Target::DmLinear, "dm-linear"),
     (Target::Loop, "loop"),
+    (Target::Unmarked, "dtloop-unmarked"),
     (Target::Dtloop, "dtloop"),
 ];
 
@@ -93,11 +107,14 @@ impl Target {
                 Ok("/dev/mapper/bench".into())
             }
             Self::Loop => vm.sh("modprobe loop; losetup -f --show --direct-io=on /dev/ram0"),
+            Self::Unmarked => attach(vm, "off"),
             Self::Dtloop => {
-                let script = "modprobe dtloop; dtloop attach /dev/ram0 --loop 150 >/dev/null; udevadm settle
-                    dtdrain run --set default --discard >/tmp/drained 2>&1 & echo $! >/run/drain.pid";
-                vm.sh(script)?;
-                Ok("/dev/loop150".into())
+                let node = attach(vm, &format!("{INTENT_DIR}/default"))?;
+                // Every region is hot from here on.
+                vm.sh(format!(
+                    "dd if=/dev/zero of={node} bs=1M count={DISK_MIB} oflag=direct status=none"
+                ))?;
+                Ok(node)
             }
         }
     }
@@ -108,20 +125,80 @@ impl Target {
             Self::Raw => {}
             Self::DmLinear => drop(vm.sh("dmsetup remove bench")?),
             Self::Loop => drop(vm.sh(format!("losetup -d {node}"))?),
-            Self::Dtloop => {
-                let status: Value =
-                    serde_json::from_str(&vm.try_sh("dtloop status --json")?.text())?;
-                let gaps = &status["sets"][0]["kernel"]["gap_changes"];
-                if gaps != &json!(0) {
-                    bail!(
-                        "{gaps} changes went by the stream: the consumer did not keep up, the figures are worthless"
-                    );
-                }
-                vm.sh("kill $(cat /run/drain.pid); while [ -e /proc/$(cat /run/drain.pid) ]; do sleep 0.1; done; dtloop detach loop150")?;
-            }
+            Self::Unmarked | Self::Dtloop => detach(vm)?,
         }
         Ok(())
     }
+
+    /// Whether it captures changes.
+    fn captures(self) -> bool {
+        matches!(self, Self::Unmarked | Self::Dtloop)
+    }
+}
+
+/// Attaches the RAM disk with a consumer; gives the node.
+fn attach(vm: &Vm, intent: &str) -> Result<String> {
+    vm.sh(format!(
+        "modprobe dtloop; dtloop attach /dev/ram0 --loop 150 --volume bench --intent {intent} --region-size 64K >/dev/null
+         udevadm settle
+         dtdrain run --set default --discard >/tmp/drained 2>&1 & echo $! >/run/drain.pid"
+    ))?;
+    Ok("/dev/loop150".into())
+}
+
+/// Detaches it and removes the set; an error if not everything went through the stream.
+fn detach(vm: &Vm) -> Result<()> {
+    let status: Value = serde_json::from_str(&vm.try_sh("dtloop status --json")?.text())?;
+    let gaps = &status["sets"][0]["kernel"]["gap_changes"];
+    if gaps != &json!(0) {
+        bail!(
+            "{gaps} changes went by the stream: the consumer did not keep up, the figures are worthless"
+        );
+    }
+    vm.sh(format!(
+        "kill $(cat /run/drain.pid); while [ -e /proc/$(cat /run/drain.pid) ]; do sleep 0.1; done
+         dtloop detach loop150 && rm -f {INTENT_DIR}/default"
+    ))?;
+    Ok(())
+}
+
+/// What the first and the second write of each region take, in microseconds as the application sees them; a region is
+/// 64 KiB, and one block of each is written.
+fn strides(vm: &Vm, depth: u32) -> Result<(f64, f64)> {
+    let node = attach(vm, &format!("{INTENT_DIR}/default"))?;
+    let regions = DISK_MIB * 16;
+    let pass = || -> Result<f64> {
+        let report = vm.sh_within(
+            Duration::from_secs(600),
+            format!(
+                "fio --name=stride --filename={node} --ioengine=io_uring --direct=1 --rw=write:60k --bs=4k --iodepth={depth} \
+                 --size={DISK_MIB}m --number_ios={regions} --output-format=json"
+            ),
+        )?;
+        let report: Value = serde_json::from_str(&report).context("fio's report")?;
+        let done = &report["jobs"][0]["write"];
+        if done["total_ios"] != json!(regions) {
+            bail!("not one write for each of {regions} regions: {done}");
+        }
+        Ok(done["lat_ns"]["mean"].as_f64().context("a latency")? / 1000.0)
+    };
+    let misses = || -> Result<u64> {
+        let status: Value = serde_json::from_str(&vm.try_sh("dtloop status --json")?.text())?;
+        status["sets"][0]["intent"]["misses"]
+            .as_u64()
+            .with_context(|| format!("no misses in {status}"))
+    };
+    let cold = pass()?;
+    let waited = misses()?;
+    let hot = pass()?;
+    if waited < regions || misses()? != waited {
+        bail!(
+            "{waited} writes waited for a mark at first, {} in the end",
+            misses()?
+        );
+    }
+    detach(vm)?;
+    Ok((cold, hot))
 }
 
 fn measure(vm: &Vm, node: &str, load: &Workload) -> Result<f64> {
@@ -193,21 +270,22 @@ fn main() -> Result<()> {
         .memory_mib(1024)
         .start()?;
     vm.sh(format!(
-        "modprobe brd rd_nr=1 rd_size={}; dd if=/dev/zero of=/dev/ram0 bs=1M count={DISK_MIB} oflag=direct status=none",
+        "modprobe brd rd_nr=2 rd_size={}; dd if=/dev/zero of=/dev/ram0 bs=1M count={DISK_MIB} oflag=direct status=none
+         mkfs.ext4 -q /dev/ram1 16M; mkdir {INTENT_DIR}; mount /dev/ram1 {INTENT_DIR}",
         DISK_MIB * 1024
     ))?;
     println!("operations per guest second, and ratio to raw\n");
-    print!("{:<10}", "");
+    print!("{:<16}", "");
     for load in &WORKLOADS {
         print!("{:>24}", load.name);
     }
     println!();
-    let mut raw = Vec::new();
+    let (mut raw, mut unmarked) = (Vec::new(), Vec::new());
     let mut rows = Vec::new();
     let mut missed = Vec::new();
     for (target, name) in &options.rows {
         let node = target.set_up(&vm)?;
-        let mut line = format!("{name:<10}");
+        let mut line = format!("{name:<16}");
         for (column, load) in WORKLOADS.iter().enumerate() {
             let iops = measure(&vm, &node, load)?;
             if *target == Target::Raw {
@@ -216,15 +294,41 @@ fn main() -> Result<()> {
             let ratio = iops / raw[column];
             line += &format!("{:>24}", format!("{iops:.0} ({ratio:.2})"));
             rows.push(json!({"target": name, "workload": load.name, "iops": iops.round(), "ratio": (ratio * 1000.0).round() / 1000.0}));
-            if *target == Target::Dtloop && ratio < load.goal {
+            if target.captures() && ratio < load.goal {
                 missed.push(format!(
-                    "{}: {ratio:.3} of raw, the goal is {}",
+                    "{name}, {}: {ratio:.3} of raw, the goal is {}",
                     load.name, load.goal
                 ));
+            }
+            match target {
+                Target::Unmarked => unmarked.push(iops),
+                Target::Dtloop
+                    if unmarked
+                        .get(column)
+                        .is_some_and(|than| iops < than * HOT_GOAL) =>
+                {
+                    missed.push(format!(
+                        "{}: {:.3} of what it is without an intent map, the goal is {HOT_GOAL}",
+                        load.name,
+                        iops / unmarked[column]
+                    ));
+                }
+                _ => (),
             }
         }
         println!("{line}");
         target.take_down(&vm, &node)?;
+    }
+    if options.rows.iter().any(|row| row.0 == Target::Dtloop) {
+        println!("\nmicroseconds for a write of 4k, intent file on a RAM disk\n");
+        for depth in [1, 16] {
+            let (cold, hot) = strides(&vm, depth)?;
+            println!("qd{depth:<4} cold region {cold:>8.1}   hot region {hot:>8.1}");
+            for (workload, us) in [("cold", cold), ("hot", hot)] {
+                rows.push(json!({"target": "dtloop", "workload": format!("4k-{workload}-region-qd{depth}"),
+                    "us": (us * 10.0).round() / 10.0}));
+            }
+        }
     }
     vm.shutdown()?;
     if let Some(path) = options.json {

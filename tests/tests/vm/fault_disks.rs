@@ -118,6 +118,21 @@ fn a_disk_that_vanishes_is_compared_when_it_is_back() -> Result<()> {
     story.finish(Resend::Compared { times: 1 })
 }
 
+/// Waits until the source tells this reason, be it that the target holds it back or sends it away.
+fn wait_told(story: &Story, words: &str) -> Result<()> {
+    let mut last = String::new();
+    let told = wait_until("the reason", patience(90), || {
+        let (set, device) = (story.rig.set()?, story.rig.device()?);
+        last = format!("{} {}", set["connection"], device["agent"]);
+        Ok(last.contains(words))
+    });
+    if told.is_err() {
+        bail!("no \"{words}\" in {last}\n{}", story.rig.agent_log()?);
+    }
+    note(format!("the source tells: {last}"));
+    Ok(())
+}
+
 /// The file system of the copy is full, then that of the journal, which has room for one segment: the reason is told,
 /// writers go on, nothing is lost.
 #[test]
@@ -134,16 +149,7 @@ fn a_full_target_disk_holds_the_source_back_with_the_reason() -> Result<()> {
     let mut story = Story::of(rig, 64)?;
     for (place, _) in places.into_iter().rev() {
         let load = story.load_with("--overlap --most 131072 --per-second 150")?;
-        let mut last = String::new();
-        let told = wait_until("the reason", patience(90), || {
-            let (set, device) = (story.rig.set()?, story.rig.device()?);
-            last = format!("{} {}", set["connection"], device["agent"]);
-            Ok(last.contains("No space left"))
-        });
-        if told.is_err() {
-            bail!("{place}: no reason in {last}\n{}", story.rig.agent_log()?);
-        }
-        note(format!("{place} is full: {last}"));
+        wait_told(&story, "No space left")?;
         story.wait_writes(50)?;
         story.end_load(load)?;
         ensure!(
@@ -195,16 +201,10 @@ fn a_journal_disk_that_fails_loses_nothing() -> Result<()> {
         ))
     };
     swap(&story, "error")?;
-    let mut last = String::new();
-    let told = wait_until("the reason", patience(60), || {
-        last = story.rig.set()?["connection"].to_string();
-        Ok(last.contains("cannot be written"))
-    });
-    if told.is_err() {
-        bail!("no reason in {last}\n{}", story.rig.agent_log()?);
-    }
-    note(&last);
+    wait_told(&story, "cannot be written")?;
     story.wait_writes(50)?;
+    // It is told as long as it lasts.
+    wait_told(&story, "cannot be written")?;
     story.rig.kill_target()?;
     swap(&story, &format!("linear {node} 0"))?;
     story.rig.target().sh(format!(

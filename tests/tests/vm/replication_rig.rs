@@ -248,7 +248,13 @@ impl Rig {
         end(self.target(), "dttarget", "TERM")
     }
 
-    /// What an agent or a target has logged.
+    /// What both daemons have logged, for whoever has to find out why a story failed.
+    pub(crate) fn logs(&self) -> Result<String> {
+        let target = self.target().sh("cat /var/log/dttarget.log")?;
+        Ok(format!("{}\n---- target:\n{target}", self.agent_log()?))
+    }
+
+    /// What the agent has logged.
     pub(crate) fn agent_log(&self) -> Result<String> {
         self.source.sh("cat /var/log/dtagent.log")
     }
@@ -267,7 +273,7 @@ impl Rig {
         if output.code != code {
             bail!(
                 "dtloop {arguments}: not {code} but {output}\n{}",
-                self.agent_log()?
+                self.logs()?
             );
         }
         Ok(output.text() + &output.complaint())
@@ -337,7 +343,7 @@ impl Rig {
             bail!(
                 "the device is {last}, not {state}: {}\n{}",
                 self.status()?,
-                self.agent_log()?
+                self.logs()?
             );
         }
         outcome

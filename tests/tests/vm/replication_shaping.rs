@@ -61,7 +61,7 @@ fn load(rig: &Rig, what: &str, at_mib: u64, mib: u64) -> Result<Sent> {
     })?;
     let after = sent(rig)?;
     let (raw, wire) = (after.raw - before.raw, after.wire - before.wire);
-    note(&format!(
+    note(format!(
         "{what}: {mib} MiB written in {written:.1?}, longest write {longest} ms, on the target after {:.1?}, \
          largest lag {lag} ms, {raw} bytes sent as {wire}",
         begin.elapsed()

@@ -3,7 +3,7 @@
 //! Asks the module for what it must refuse: the calls are made as a program would that is broken, or means no good.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -15,6 +15,8 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
 use nix::libc;
 
+use crate::intent_file;
+
 /// Largest argument of any ioctl of the module in bytes, and more.
 const ARGUMENT_BYTES: usize = 4096;
 
@@ -22,7 +24,7 @@ const ARGUMENT_BYTES: usize = 4096;
 type Argument = [u8; ARGUMENT_BYTES];
 
 /// Every number that the module knows.
-const NUMBERS: [u32; 13] = [
+const NUMBERS: [u32; 19] = [
     raw::IOC_GET_FEATURES,
     raw::IOC_STREAM_CREATE,
     raw::IOC_STREAM_DESTROY,
@@ -36,6 +38,12 @@ const NUMBERS: [u32; 13] = [
     raw::IOC_DIRTY_NEXT,
     raw::IOC_DIRTY_SET,
     raw::IOC_KICK,
+    raw::IOC_STREAM_INTENT,
+    raw::IOC_INTENT_STATUS,
+    raw::IOC_INTENT_CLEAR,
+    raw::IOC_SUSPECT_NEXT,
+    raw::IOC_SUSPECT_CLEAR,
+    raw::IOC_SUSPECT_SET,
 ];
 
 fn call(file: BorrowedFd<'_>, number: u32, argument: &mut Argument) -> Errno {
@@ -84,6 +92,7 @@ pub fn run(set: &str, device: &Path) -> Result<()> {
     attaching(file.as_fd(), id, device)?;
     consumer(&control, id)?;
     released(&control, id)?;
+    intents(&control, file.as_fd(), id)?;
     ensure!(control.stream_by_name(set)?.is_some(), "the set is gone");
     ensure!(control.devices().next().is_none(), "something got attached");
     Ok(())
@@ -125,8 +134,8 @@ fn garbage(file: BorrowedFd<'_>, what: &str) -> Result<()> {
         // Nothing but ones: no number, size or reserved field of it is legal.
         let got = call(file, number, &mut [0xff; ARGUMENT_BYTES]);
         // These look at no argument.
-        let legal =
-            number == raw::IOC_KICK || (what == "stream" && number == raw::IOC_STREAM_STATUS);
+        let of_stream = [raw::IOC_STREAM_STATUS, raw::IOC_INTENT_STATUS].contains(&number);
+        let legal = number == raw::IOC_KICK || (what == "stream" && of_stream);
         let refused = got != Errno::EFAULT && got != Errno::from_raw(0);
         ensure!(
             refused || legal,
@@ -351,7 +360,14 @@ fn consumer(control: &Control, id: u32) -> Result<()> {
         .is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY));
     ensure!(busy, "a second consumer: {second:?}");
     garbage(file.as_fd(), "stream")?;
-    for number in [raw::IOC_SYNC, raw::IOC_DIRTY_NEXT, raw::IOC_DIRTY_SET] {
+    for number in [
+        raw::IOC_SYNC,
+        raw::IOC_DIRTY_NEXT,
+        raw::IOC_DIRTY_SET,
+        raw::IOC_SUSPECT_NEXT,
+        raw::IOC_SUSPECT_CLEAR,
+        raw::IOC_SUSPECT_SET,
+    ] {
         for device in [0u32, 1, 5000, u32::MAX] {
             let mut argument = [0; ARGUMENT_BYTES];
             set(&mut argument, 0, &device.to_le_bytes());
@@ -456,6 +472,94 @@ fn released(control: &Control, id: u32) -> Result<()> {
         bail!("the successor is refused: {good:?}");
     }
     Ok(())
+}
+
+/// Files that no intent map can be kept in, and what happens to one that has one.
+fn intents(control: &Control, file: BorrowedFd<'_>, id: u32) -> Result<()> {
+    const BYTES: usize = 256 << 10;
+    let ask = |intent: &File, stream: u32, change: &dyn Fn(&mut Argument)| {
+        let mut argument = [0; ARGUMENT_BYTES];
+        set(
+            &mut argument,
+            at!(StreamIntent.stream_id),
+            &stream.to_le_bytes(),
+        );
+        let fd = intent.as_raw_fd().to_le_bytes();
+        set(&mut argument, at!(StreamIntent.fd), &fd);
+        change(&mut argument);
+        call(file, raw::IOC_STREAM_INTENT, &mut argument)
+    };
+    let as_is: &dyn Fn(&mut Argument) = &|_| ();
+    let good = intent_file::make("hostile-intent", BYTES)?;
+    let read_only = File::open(Path::new(intent_file::DIR).join("hostile-intent"))?;
+    let null = open(Path::new("/dev/null"), 0)?;
+    let directory = File::open(intent_file::DIR)?;
+    let small = intent_file::make("hostile-small", 4096)?;
+    let odd = intent_file::make("hostile-odd", BYTES + 512)?;
+    let hole = intent_file::make("hostile-hole", 4096)?;
+    hole.set_len(BYTES as u64)?;
+    let in_memory = nix::sys::memfd::memfd_create(c"hostile", nix::sys::memfd::MFdFlags::empty())?;
+    let in_memory = File::from(in_memory);
+    in_memory.set_len(BYTES as u64)?;
+    for (what, intent, wanted) in [
+        ("a file that is read only", &read_only, Errno::EBADF),
+        ("a character device", &null, Errno::EBADF),
+        ("a directory", &directory, Errno::EBADF),
+        ("a file too small", &small, Errno::EINVAL),
+        ("a file of odd length", &odd, Errno::EINVAL),
+        ("a file with a hole", &hole, Errno::EOPNOTSUPP),
+        ("a file in memory", &in_memory, Errno::EOPNOTSUPP),
+    ] {
+        expect(what, ask(intent, id, as_is), &[wanted])?;
+    }
+    expect("no such stream", ask(&good, 77, as_is), &[Errno::ENOENT])?;
+    for (what, at, value) in [
+        ("an unknown flag", at!(StreamIntent.flags), 1_u32 << 31),
+        (
+            "a region that is no power of two",
+            at!(StreamIntent.region_bytes),
+            65537,
+        ),
+        (
+            "a region too small",
+            at!(StreamIntent.region_bytes),
+            raw::REGION_BYTES_MIN / 2,
+        ),
+        (
+            "a region too large",
+            at!(StreamIntent.region_bytes),
+            raw::REGION_BYTES_MAX * 2,
+        ),
+        ("a reserved field", at!(StreamIntent.reserved), 1),
+    ] {
+        let change = |argument: &mut Argument| set(argument, at, &value.to_le_bytes());
+        expect(what, ask(&good, id, &change), &[Errno::EINVAL])?;
+    }
+    expect("a good file", ask(&good, id, as_is), &[Errno::from_raw(0)])?;
+    expect("a second file", ask(&small, id, as_is), &[Errno::EBUSY])?;
+    // Nobody else writes or moves what the kernel writes by itself.
+    let path = Path::new(intent_file::DIR).join("hostile-intent");
+    for (what, done) in [
+        ("written", (&good).write_all(b"x")),
+        ("cut", good.set_len(0)),
+        ("removed", std::fs::remove_file(&path)),
+        (
+            "moved",
+            std::fs::rename(&path, path.with_extension("moved")),
+        ),
+    ] {
+        ensure!(done.is_err(), "the intent file can be {what}");
+    }
+    let stream = open(&stream_path(id), 0)?;
+    let committed = control.stream_from(id)?.context("no stream")?.committed;
+    let mut argument = [0; ARGUMENT_BYTES];
+    let at = at!(IntentClear.acked);
+    set(&mut argument, at, &(committed + 1).to_le_bytes());
+    expect(
+        "clearing by what was never sent",
+        call(stream.as_fd(), raw::IOC_INTENT_CLEAR, &mut argument),
+        &[Errno::EINVAL],
+    )
 }
 
 fn store(page: &MmapRaw, offset: usize, value: u64) {

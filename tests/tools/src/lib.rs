@@ -13,6 +13,7 @@ pub mod detach;
 pub mod direct;
 pub mod drain;
 pub mod hostile;
+pub mod intent_file;
 pub mod random;
 pub mod replica;
 pub mod stamp;

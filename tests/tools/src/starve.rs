@@ -13,12 +13,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use dtloop_abi::{
-    AttachRequest, Backing, CaptureStream, Control, Name, Stream, StreamRequest, SyncRequest,
+    AttachRequest, Backing, CaptureStream, Control, IntentRequest, Name, Stream, StreamRequest,
+    SyncRequest, raw,
 };
 
 use nix::kmod::{DeleteModuleFlags, ModuleInitFlags, delete_module, finit_module};
 
 use crate::detach::detach;
+use crate::intent_file;
 
 /// Loop number of the device that is attached again and again.
 const NUMBER: u32 = 222;
@@ -94,6 +96,49 @@ pub fn load(module: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The same for giving a stream its intent file; in the end it has one, which attaching goes by.
+fn starve_intent(control: &Control, set: &str) -> Result<u32> {
+    let file = intent_file::make("starved-intent", 256 << 10)?;
+    let id = || -> Result<u32> {
+        let status = control.stream_by_name(set)?;
+        Ok(status.context("no such set")?.stream_id)
+    };
+    let give = |format: bool| {
+        let stream_id = id().map_err(|error| error.to_string())?;
+        control
+            .set_intent(&IntentRequest {
+                stream_id,
+                file: file.as_fd(),
+                format,
+                region_bytes: 0,
+                hot_max: 0,
+                idle_ms: 0,
+                source: [7; 16],
+            })
+            .map_err(|error| error.to_string())
+    };
+    let status = control.stream_by_name(set)?.context("no such set")?;
+    let request = StreamRequest {
+        name: Name::new(set)?,
+        payload_bytes: status.payload_bytes,
+        desc_count: status.desc_count,
+        policy: status.policy,
+    };
+    let count = starve(
+        "giving an intent file",
+        || give(true),
+        |_| {
+            // A stream keeps its file for life.
+            control.destroy_stream(id()?, true)?;
+            control.create_stream(&request)?;
+            Ok(())
+        },
+        || Ok(!control.intent_status(id()?)?.has(raw::INTENT_ON)),
+    )?;
+    give(true).map_err(anyhow::Error::msg)?;
+    Ok(count)
+}
+
 /// Lets every allocation of every call fail: for a set without devices and a block device that is not attached.
 pub fn run(set: &str, device: &Path) -> Result<()> {
     let control = Control::open()?;
@@ -122,15 +167,20 @@ pub fn run(set: &str, device: &Path) -> Result<()> {
         },
         || Ok(control.stream_by_name(set)?.is_some()),
     )?;
+    let intent = starve_intent(&control, set)?;
     let file = File::open(device)?;
+    let stream_id = control
+        .stream_by_name(set)?
+        .context("no such set")?
+        .stream_id;
     let request = AttachRequest {
         backing: Backing::Fd(file.as_fd()),
         offset_bytes: 0,
         limit_bytes: 0,
         number: Some(NUMBER),
         stream_id,
-        label: Name::EMPTY,
-        identity: [0; 16],
+        label: Name::new("vol")?,
+        identity: [7; 16],
         read_only: false,
         partscan: false,
     };
@@ -174,7 +224,8 @@ pub fn run(set: &str, device: &Path) -> Result<()> {
     )?;
     detach(&control, NUMBER)?;
     println!(
-        "allocations: {creating} creating a set, {opening} opening it, {attaching} attaching, {sync} SYNC, {detaching} detaching"
+        "allocations: {creating} creating a set, {opening} opening it, {intent} its intent file, {attaching} attaching, {sync} \
+         SYNC, {detaching} detaching"
     );
     Ok(())
 }

@@ -222,6 +222,7 @@ impl Operation {
             }
             Errno::EBADF => Some("it is no ordinary file that is open for writing"),
             Errno::EIO => Some("its disk fails"),
+            Errno::EAGAIN => Some("a device is being attached to the stream right now; try again"),
             _ => None,
         }
     }
@@ -406,6 +407,7 @@ mod tests {
             (StreamIntent, EOPNOTSUPP),
             (StreamIntent, EINVAL),
             (StreamIntent, ENOSPC),
+            (StreamIntent, EAGAIN),
         ];
         for (operation, errno) in documented {
             assert!(

@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dtloop_proto::{Decoded, FrameError, Header, Message, decode};
@@ -33,7 +32,7 @@ const INBOX_BYTES_MAX: usize = 4 << 20;
 /// Most messages that wait while something is being sent: what a target says is about that and settles little of it.
 const STASH_MAX: usize = 64 << 10;
 
-/// How often a send that waits looks for something more urgent.
+/// How often whoever waits for the target looks for something else to do.
 const WATCH_EVERY: Duration = Duration::from_millis(250);
 
 /// Bytes read at once.
@@ -103,13 +102,26 @@ impl LinkError {
     }
 }
 
-/// Who is told what happens while a send waits for the target, which reads nothing when one of its disks fails or is full.
-pub trait Watcher: Send + Sync {
+/// What is done while the target is waited for: it reads nothing when one of its disks fails or is full, and says nothing
+/// while it replays its journal.
+pub trait Watcher {
     /// A message came; it is still to be taken by [`Link::next_message`].
-    fn heard(&self, message: &Message);
+    fn heard(&mut self, message: &Message);
 
-    /// Whether to wait no longer.
-    fn must_end(&self) -> bool;
+    /// Called now and then. False: to wait no longer.
+    fn goes_on(&mut self) -> bool;
+}
+
+/// Has nothing else to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Nobody;
+
+impl Watcher for Nobody {
+    fn heard(&mut self, _: &Message) {}
+
+    fn goes_on(&mut self) -> bool {
+        true
+    }
 }
 
 /// See the module documentation.
@@ -123,7 +135,6 @@ pub struct Link {
     read: usize,
     /// Messages that came while something was being sent.
     stash: VecDeque<(Header, Message)>,
-    watcher: Arc<dyn Watcher>,
     /// When something was last received.
     pub heard: Instant,
     /// How long the socket took nothing while something was to be sent; whoever looks at it takes it.
@@ -140,7 +151,7 @@ impl Link {
         target: &str,
         transport: TransportKind,
         vault: &Vault,
-        watcher: Arc<dyn Watcher>,
+        watcher: &mut dyn Watcher,
     ) -> Result<Self, LinkError> {
         let tunnel = match transport {
             TransportKind::Plaintext => None,
@@ -153,7 +164,7 @@ impl Link {
     pub(crate) fn open(
         target: &str,
         tunnel: Option<Tunnel>,
-        watcher: Arc<dyn Watcher>,
+        watcher: &mut dyn Watcher,
     ) -> Result<Self, LinkError> {
         let stream = Self::dial(target, tunnel.is_none())?;
         stream.set_nodelay(true)?;
@@ -167,11 +178,10 @@ impl Link {
             inbox: vec![],
             read: 0,
             stash: VecDeque::new(),
-            watcher,
             heard: Instant::now(),
             blocked: Duration::ZERO,
         };
-        link.shake()?;
+        link.shake(watcher)?;
         Ok(link)
     }
 
@@ -210,7 +220,7 @@ impl Link {
     }
 
     /// Waits until both sides have shown their keys.
-    fn shake(&mut self) -> Result<(), LinkError> {
+    fn shake(&mut self, watcher: &mut dyn Watcher) -> Result<(), LinkError> {
         let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
         loop {
             // The last of it is ours to say.
@@ -227,8 +237,9 @@ impl Link {
             if left.is_zero() {
                 return Err(LinkError::Silent);
             }
-            self.wait(write, &[], left)?;
+            self.wait(write, &[], left.min(WATCH_EVERY))?;
             self.receive()?;
+            go_on(watcher)?;
         }
     }
 
@@ -269,8 +280,12 @@ impl Link {
     /// # Errors
     ///
     /// Why the connection cannot be used any more.
-    pub fn send(&mut self, mut pieces: &mut [IoSlice<'_>]) -> Result<(), LinkError> {
-        self.send_within(&mut pieces, None)
+    pub fn send(
+        &mut self,
+        mut pieces: &mut [IoSlice<'_>],
+        watcher: &mut dyn Watcher,
+    ) -> Result<(), LinkError> {
+        self.send_within(&mut pieces, None, watcher)
     }
 
     /// Writes everything, or what can be written in this time; `pieces` is what is left. What is encrypted already when the
@@ -283,6 +298,7 @@ impl Link {
         &mut self,
         pieces: &mut &mut [IoSlice<'_>],
         patience: Option<Duration>,
+        watcher: &mut dyn Watcher,
     ) -> Result<(), LinkError> {
         let begin = Instant::now();
         let mut moved = begin;
@@ -306,7 +322,8 @@ impl Link {
                     )?;
                     self.blocked += begin.elapsed();
                     self.receive()?;
-                    self.stash_messages()?;
+                    self.stash_messages(watcher)?;
+                    go_on(watcher)?;
                 }
                 Err(LinkError::Io(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -357,17 +374,13 @@ impl Link {
         }
     }
 
-    fn stash_messages(&mut self) -> Result<(), LinkError> {
+    fn stash_messages(&mut self, watcher: &mut dyn Watcher) -> Result<(), LinkError> {
         while let Some((header, message)) = self.decode_message()? {
-            self.watcher.heard(&message);
+            watcher.heard(&message);
             self.stash.push_back((header, message));
         }
         if self.stash.len() > STASH_MAX {
             return Err(LinkError::Flood);
-        }
-        if self.watcher.must_end() {
-            let text = "something more urgent than what was being sent came up";
-            return Err(io::Error::new(io::ErrorKind::Interrupted, text).into());
         }
         Ok(())
     }
@@ -471,7 +484,11 @@ impl Link {
     /// # Errors
     ///
     /// Why the connection cannot be used any more.
-    pub fn expect_message(&mut self, timeout: Duration) -> Result<(Header, Message), LinkError> {
+    pub fn expect_message(
+        &mut self,
+        timeout: Duration,
+        watcher: &mut dyn Watcher,
+    ) -> Result<(Header, Message), LinkError> {
         let deadline = Instant::now() + timeout;
         loop {
             if let Some(message) = self.next_message()? {
@@ -481,13 +498,22 @@ impl Link {
             if left.is_zero() {
                 return Err(LinkError::Silent);
             }
-            self.wait(false, &[], left)?;
+            self.wait(false, &[], left.min(WATCH_EVERY))?;
             if let Err(end) = self.receive() {
                 // A refusal may have come just before the end.
                 return self.next_message()?.ok_or(end);
             }
+            go_on(watcher)?;
         }
     }
+}
+
+fn go_on(watcher: &mut dyn Watcher) -> Result<(), LinkError> {
+    if watcher.goes_on() {
+        return Ok(());
+    }
+    let text = "something more urgent came up";
+    Err(io::Error::new(io::ErrorKind::Interrupted, text).into())
 }
 
 impl Drop for Link {

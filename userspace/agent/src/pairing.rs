@@ -17,7 +17,6 @@
 //! The token is sent to the holder of the right key only. Wherever this is cut, the same code may be used again on the
 //! same machine until its time is over.
 
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use dtloop_proto::message::{Pair, is_name};
@@ -27,21 +26,10 @@ use dtloop_trust::tls::{Expect, PAIR, source_config};
 use dtloop_trust::vault::VaultError;
 use dtloop_trust::{PairingCode, Tunnel, Vault};
 
-use crate::link::{Link, LinkError, Watcher};
+use crate::link::{Link, LinkError, Nobody};
 
 /// Longest wait for the target's answer: it writes a file.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// Nothing is more urgent than a pairing.
-struct Nobody;
-
-impl Watcher for Nobody {
-    fn heard(&self, _: &Message) {}
-
-    fn must_end(&self) -> bool {
-        false
-    }
-}
 
 /// Why there is no pairing. Nothing is changed on this side then.
 #[derive(Debug, thiserror::Error)]
@@ -100,7 +88,7 @@ pub fn pair(
     let tls = |error| failed(LinkError::Tunnel(error));
     let config = source_config(&vault.identity()?, Expect::Coded(code.prefix), PAIR);
     let tunnel = Tunnel::source(config.map_err(|error| tls(error.into()))?).map_err(tls)?;
-    let mut link = Link::open(target, Some(tunnel), Arc::new(Nobody)).map_err(failed)?;
+    let mut link = Link::open(target, Some(tunnel), &mut Nobody).map_err(failed)?;
     let ask = Pair {
         software: crate::software(),
         name: name.to_owned(),
@@ -110,9 +98,12 @@ pub fn pair(
     let mut bytes = vec![];
     frame::encode_message(&mut bytes, 0, 0, &Message::Pair(ask))
         .map_err(|error| PairError::Refused(error.to_string()))?;
-    link.send(&mut [std::io::IoSlice::new(&bytes)])
+    link.send(&mut [std::io::IoSlice::new(&bytes)], &mut Nobody)
         .map_err(failed)?;
-    let known_as = match link.expect_message(ANSWER_TIMEOUT).map_err(failed)? {
+    let known_as = match link
+        .expect_message(ANSWER_TIMEOUT, &mut Nobody)
+        .map_err(failed)?
+    {
         (_, Message::Paired(paired)) => paired.name,
         (_, Message::Refuse(refuse)) => return Err(PairError::Refused(refuse.text)),
         _ => return Err(failed(LinkError::Flood)),

@@ -169,6 +169,8 @@ impl Queue {
 
     fn journal(&mut self) -> Result<&mut Journal, QueueHealth> {
         if self.journal.is_none() {
+            // There is something to be given back from now on, even if the target takes it before anybody looks.
+            self.freed = None;
             let config = &self.home.config;
             let options = Options {
                 bytes: config.size.0,

@@ -12,6 +12,7 @@
 //! `dtloop` and the reads of mirrors are taken in turn.
 
 mod jobs;
+mod meanwhile;
 mod origin;
 mod proof;
 mod queueing;
@@ -50,7 +51,7 @@ use shared::lock;
 pub use shared::{Command, SetShared};
 
 use crate::config::SetConfig;
-use crate::link::{Link, LinkError, Watcher};
+use crate::link::{Link, LinkError};
 use crate::shaper::Shaper;
 use crate::ship::{Outbox, ShipError};
 use crate::snapshot::{JobView, recovery};
@@ -185,7 +186,9 @@ pub struct Worker {
     shared: Arc<SetShared>,
     streams: Arc<dyn Streams>,
     source_id: Uuid,
-    vault: Vault,
+    vault: Arc<Vault>,
+    /// What this machine was paired with when a connection was last tried.
+    tried_with: Option<u64>,
     path: PathBuf,
     memory: SetMemory,
     persisted: SetMemory,
@@ -275,7 +278,8 @@ impl Worker {
             shared,
             streams,
             source_id,
-            vault: Vault::new(state_dir),
+            vault: Arc::new(Vault::new(state_dir)),
+            tried_with: None,
             chain: proof::ChainKeeper::new(path.with_extension("chain")),
             renew_chain: false,
             verifier: verify::Verifier::new(log_path),
@@ -365,21 +369,45 @@ impl Worker {
         self.persist(true);
     }
 
-    /// Waits without a session, answering requests.
-    fn rest(&mut self, stream: Option<&dyn CaptureStream>, time: Duration) {
+    /// Waits without a session, answering requests; not longer than until a refusal may no longer be one. True: that is so.
+    fn rest(&mut self, stream: Option<&dyn CaptureStream>, time: Duration) -> bool {
         let until = Instant::now() + time;
+        let refused = matches!(self.connection, Connection::Refused { .. });
         loop {
             self.take_commands(stream);
+            // Behind the requests: what is published next is what those wait for who have just asked.
+            self.notice_pairing();
+            if refused && !matches!(self.connection, Connection::Refused { .. }) {
+                return true;
+            }
             self.publish(stream, None);
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || self.shared.is_stopping() {
-                return;
+                return false;
             }
             if let Connection::Connecting { retry_ms, .. } = &mut self.connection {
                 *retry_ms = crate::snapshot::ms(left);
             }
             self.wait_for_wake(left.min(PUBLISH_EVERY));
         }
+    }
+
+    /// Whatever this machine was refused for before it was paired is no answer to anybody any more.
+    fn notice_pairing(&mut self) {
+        let refused = matches!(self.connection, Connection::Refused { .. });
+        if refused && self.pairings() != self.tried_with {
+            let reason = "this machine was paired a moment ago".to_owned();
+            self.connection = Connection::Connecting {
+                reason,
+                retry_ms: 0,
+            };
+        }
+    }
+
+    /// None: not known.
+    fn pairings(&self) -> Option<u64> {
+        let targets = self.vault.targets().ok();
+        targets.map(|targets| targets.changes())
     }
 
     fn wait_for_wake(&self, timeout: Duration) {
@@ -496,6 +524,8 @@ impl Worker {
                     self.connection = Connection::Refused {
                         reason: error.to_string(),
                     };
+                    // Until somebody pairs, which is noticed at once.
+                    pause = self.config.retry_max();
                 }
                 _ => {
                     self.connection = Connection::Connecting {
@@ -514,8 +544,11 @@ impl Worker {
                 said = text;
             }
             self.persist(false);
-            self.rest(Some(stream), pause);
+            let is_paired = self.rest(Some(stream), pause);
             pause = (pause * 2).min(self.config.retry_max());
+            if is_paired {
+                pause = RETRY_MIN;
+            }
         }
         End::Stopping
     }
@@ -560,12 +593,14 @@ impl Worker {
             reason,
             retry_ms: 0,
         };
-        let watcher = Arc::clone(&self.shared) as Arc<dyn Watcher>;
+        let (target, transport) = (self.config.target.clone(), self.config.transport);
+        let vault = Arc::clone(&self.vault);
+        self.tried_with = self.pairings();
         let mut link = Link::connect(
-            &self.config.target,
-            self.config.transport,
-            &self.vault,
-            watcher,
+            &target,
+            transport,
+            &vault,
+            &mut self.meanwhile(stream, None),
         )?;
         let (first_seq, next_seq) = (self.first_seq(stream), stream.ring().next_seq());
         let mut options = self.past_options();
@@ -585,13 +620,14 @@ impl Worker {
         };
         let mut outbox = Outbox::default();
         outbox.message(0, 0, &Message::Hello(hello))?;
-        outbox.send(&mut link, None, None)?;
-        let welcome = match link.expect_message(WELCOME_TIMEOUT)? {
+        let meanwhile = &mut self.meanwhile(stream, None);
+        outbox.send(&mut link, None, None, meanwhile)?;
+        let welcome = match link.expect_message(WELCOME_TIMEOUT, meanwhile)? {
             (_, Message::Welcome(welcome)) => welcome,
             (_, Message::Refuse(refuse)) => return Err(End::Refused(refuse)),
             _ => return Err(End::Link(LinkError::Flood)),
         };
-        let Message::Past(past) = link.expect_message(WELCOME_TIMEOUT)?.1 else {
+        let Message::Past(past) = link.expect_message(WELCOME_TIMEOUT, meanwhile)?.1 else {
             return Err(End::Link(LinkError::Flood));
         };
         let (core, resumed) =
@@ -616,7 +652,10 @@ impl Worker {
         session
             .outbox
             .message(id, 0, &Message::Ping(session.core.next_to_send()))?;
-        session.outbox.send(&mut session.link, None, None)?;
+        let meanwhile = &mut self.meanwhile(stream, None);
+        session
+            .outbox
+            .send(&mut session.link, None, None, meanwhile)?;
         self.reconcile(stream, &mut session, welcome, resumed)?;
         self.totals.connections += 1;
         tracing::info!(

@@ -12,7 +12,7 @@ use dtloop_proto::header::{HEADER_BYTES, HeaderError};
 use dtloop_proto::record::{STATE_COMMITTED, STATE_FAILED};
 use dtloop_proto::{FrameError, Header, Op, RecordBody, RecordKind, frame};
 
-use crate::link::{Link, LinkError};
+use crate::link::{Link, LinkError, Watcher};
 
 /// Most records of a batch: two pieces each, and writev takes 1024.
 pub const RECORDS_MAX: usize = 500;
@@ -296,19 +296,20 @@ impl Outbox {
         link: &mut Link,
         hold: Option<Hold>,
         patience: Option<Duration>,
+        watcher: &mut dyn Watcher,
     ) -> Result<(), ShipError> {
         let mut rest = std::mem::take(&mut self.rest);
         let slices = self.slices(hold.as_ref())?;
         let mut slices: Vec<_> = slices.into_iter().map(IoSlice::new).collect();
         let mut left = &mut slices[..];
-        let mut result = link.send_within(&mut left, patience);
+        let mut result = link.send_within(&mut left, patience, watcher);
         if result.is_ok() && !left.is_empty() {
             rest.clear();
             for piece in left.iter() {
                 rest.extend_from_slice(piece);
             }
             drop(hold);
-            result = link.send(&mut [IoSlice::new(&rest)]);
+            result = link.send(&mut [IoSlice::new(&rest)], watcher);
         }
         self.rest = rest;
         self.clear();

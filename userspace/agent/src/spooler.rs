@@ -229,6 +229,7 @@ impl Spooler {
         let seen = Seen {
             ring_percent: ring_percent(status),
             gap: status.has(raw::STREAM_GAP),
+            marked: status.gap_changes,
             connected: inner.connected,
             queued: inner.spool.span(),
             health: inner.health.clone(),

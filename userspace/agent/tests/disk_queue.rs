@@ -193,6 +193,22 @@ fn a_power_cut_at_any_operation_loses_nothing_that_was_released() {
     assert!(checked > 5000, "{checked}");
 }
 
+/// The target may take what was queued before anybody looks what can be given back.
+#[test]
+fn what_was_taken_at_once_is_given_back() {
+    let mut world = World::new(1);
+    let mut life = world.begin().unwrap();
+    life.queue.free(None).unwrap();
+    world.work(&mut life, 9).unwrap();
+    assert!(life.queue.usage().unwrap().used > 0);
+    life.spool.on_ack(world.released - 1);
+    assert!(life.spool.oldest().is_none());
+    life.queue.free(None).unwrap();
+    assert_eq!(life.queue.usage().unwrap().used, 0);
+    let files = world.disk.list(Path::new("/queue/db")).unwrap();
+    assert!(files.is_empty(), "{files:?}");
+}
+
 #[test]
 fn an_agent_killed_at_any_operation_goes_on() {
     for at in 0..200 {

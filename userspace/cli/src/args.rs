@@ -197,7 +197,8 @@ pub(crate) struct Status {
     /// Only this set
     #[arg(long, value_name = "NAME", value_parser = parse_name)]
     pub(crate) set: Option<Name>,
-    /// Exit with 3 unless every device is in sync
+    /// For monitoring: exit with 0 only if every set is connected and every device in sync; else say why not, and exit
+    /// with 3, with 6 without an agent, with 5 without the module
     #[arg(long)]
     pub(crate) check: bool,
 }

@@ -14,7 +14,7 @@ Exit codes:
   0    done
   1    failed
   2    the command line is wrong
-  3    source and target differ, or a device is not in sync
+  3    source and target differ, a device is not in sync, or a target is not connected
   4    the time given is over
   5    the dtloop module is not loaded
   6    the agent does not run
@@ -92,7 +92,7 @@ impl Code {
         }
     }
 
-    const fn of_agent(error: &ClientError) -> Self {
+    pub(crate) const fn of_agent(error: &ClientError) -> Self {
         match error {
             ClientError::NoAgent { .. } => Self::NoAgent,
             ClientError::NoPermission { .. } => Self::NoPermission,

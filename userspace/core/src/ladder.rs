@@ -111,6 +111,8 @@ pub struct Seen {
     pub ring_percent: u8,
     /// The kernel marks blocks instead of making records.
     pub gap: bool,
+    /// Changes for which it has done so, since the stream began.
+    pub marked: u64,
     /// The target takes records.
     pub connected: bool,
     /// Records in the queue that the target has not acknowledged.
@@ -141,6 +143,8 @@ pub struct Ladder {
     since: Moment,
     reason: String,
     fills: bool,
+    /// [`Seen::marked`] at the last look.
+    marked: Option<u64>,
     /// Since when a better rung would do, on the steady clock.
     calm_since: Option<u64>,
     history: VecDeque<Step>,
@@ -156,6 +160,7 @@ impl Ladder {
             since: now,
             reason: "dtagent has started".to_owned(),
             fills: false,
+            marked: None,
             calm_since: None,
             history: VecDeque::new(),
         }
@@ -199,7 +204,10 @@ impl Ladder {
             self.start_percent
         };
         self.fills = seen.ring_percent >= level.max(1);
-        let wanted = self.wanted(seen);
+        // It may have begun and ended since the last look: the order is lost all the same.
+        let before = self.marked.replace(seen.marked);
+        let gap = seen.gap || before.is_some_and(|before| before < seen.marked);
+        let wanted = self.wanted(seen, gap);
         if wanted >= self.rung {
             self.calm_since = None;
         }
@@ -218,8 +226,8 @@ impl Ladder {
         self.history.back()
     }
 
-    fn wanted(&self, seen: &Seen) -> Rung {
-        if seen.gap {
+    fn wanted(&self, seen: &Seen, gap: bool) -> Rung {
+        if gap {
             Rung::Tracking
         } else if self.fills_queue(seen) || (seen.queued > 0 && !seen.connected) {
             Rung::Spooling
@@ -296,6 +304,7 @@ mod tests {
         Seen {
             ring_percent,
             gap: false,
+            marked: 0,
             connected,
             queued,
             health: QueueHealth::Usable,
@@ -369,6 +378,33 @@ mod tests {
         }
         assert_eq!(ladder.history().count(), 1);
         assert_eq!(ladder.rung(), Rung::Spooling);
+    }
+
+    #[test]
+    fn blocks_that_were_marked_between_two_looks_are_not_hidden() {
+        let mut ladder = Ladder::new(50, at(0));
+        let marked = |marked| Seen {
+            marked,
+            health: QueueHealth::Refused("it lies on loop1".into()),
+            ..seen(74, false, 0)
+        };
+        assert_eq!(
+            ladder.observe(at(1), &marked(7)),
+            None,
+            "of an earlier life"
+        );
+        let step = ladder.observe(at(2), &marked(8)).unwrap();
+        assert_eq!(step.to, Rung::Tracking);
+        assert!(step.reason.contains("refused"), "{}", step.reason);
+        assert_eq!(ladder.observe(at(3), &marked(8)), None);
+        assert_eq!(ladder.observe(at(4), &marked(9)), None);
+        let step = ladder.observe(at(5 + CALM_MS), &marked(9));
+        assert_eq!(step, None, "not calm for long enough");
+        let step = ladder.observe(at(5 + 2 * CALM_MS), &marked(9)).unwrap();
+        assert_eq!(step.to, Rung::Ring);
+        // Another stream begins to count anew.
+        assert_eq!(ladder.observe(at(6 + 2 * CALM_MS), &marked(0)), None);
+        assert!(ladder.observe(at(7 + 2 * CALM_MS), &marked(1)).is_some());
     }
 
     #[test]

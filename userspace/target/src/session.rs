@@ -18,13 +18,14 @@ use dtloop_proto::frame::FrameError;
 use dtloop_proto::header::HEADER_BYTES;
 use dtloop_proto::limits::{BODY_BYTES_MAX, FRAME_BYTES_MAX};
 use dtloop_proto::message::{
-    HandshakeOption, Hello, Notice, OPTION_CHAIN, OPTION_IN_PLACE, Refuse, Welcome, bounded_text,
+    HandshakeOption, Hello, OPTION_CHAIN, OPTION_IN_PLACE, Refuse, Welcome, bounded_text,
 };
 use dtloop_proto::packed::OPTION_CODECS;
 use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
 
 use crate::applier::{Batch, Command, Item};
 use crate::journal::JournalError;
+use crate::outlet::Part;
 use crate::replica::{Replica, Writer};
 use crate::server::Shared;
 use crate::strangers::Ticket;
@@ -668,15 +669,23 @@ impl Session {
         info: BatchInfo,
         writer: &mut Writer,
     ) -> Result<Position, SessionEnd> {
+        let appended = self.append_at_last(frames, info, writer);
+        // Whoever comes next finds out anew.
+        let outlet = &self.replica.outlet;
+        outlet.relent(Part::Journal, "The journal can be written again");
+        appended
+    }
+
+    fn append_at_last(
+        &self,
+        frames: &[&[u8]],
+        info: BatchInfo,
+        writer: &mut Writer,
+    ) -> Result<Position, SessionEnd> {
         let (mut told, takeovers) = (None::<Instant>, self.replica.takeovers());
         loop {
             let error = match writer.journal.append(frames, info, writer.stream_uuid) {
-                Ok(end) => {
-                    if told.is_some() {
-                        self.notice(Code::OK, "The journal can be written again".to_owned());
-                    }
-                    return Ok(end);
-                }
+                Ok(end) => return Ok(end),
                 Err(JournalError::Append(error)) => error,
                 Err(stopped) => return Err(stopped.into()),
             };
@@ -687,7 +696,8 @@ impl Session {
                         "{error}: {cause}; the source waits, it is tried again every second, nothing is lost"
                     );
                     tracing::error!("{text}.");
-                    self.notice(Code::JOURNAL_IO, text);
+                    let outlet = &self.replica.outlet;
+                    outlet.complain(Part::Journal, Code::JOURNAL_IO, text);
                     told = Some(Instant::now());
                 }
                 Some(at) if at.elapsed() >= ALIVE_EVERY => {
@@ -704,11 +714,5 @@ impl Session {
                 std::thread::sleep(RETRY_AFTER / 20);
             }
         }
-    }
-
-    fn notice(&self, code: Code, text: String) {
-        let text = bounded_text(text);
-        let notice = Message::Notice(Notice { code, text });
-        self.replica.outlet.send(&notice);
     }
 }

@@ -11,10 +11,11 @@ mod common;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::{Agent, Faults, Lab, SyncFails, random};
 use dtloop_abi::CaptureStream;
-use dtloop_api::{Connection, MirrorKind, Outcome, Request, Rung};
+use dtloop_api::{Connection, FailureCode, MirrorKind, Outcome, Request, Rung};
 use dtloop_disk::SimDisk;
 use nix::errno::Errno;
 
@@ -70,6 +71,25 @@ fn segments(lab: &Lab) -> Vec<PathBuf> {
     paths
 }
 
+/// Space is given back when the last one has closed the file; and as long as one is open that was removed, its file system
+/// can become neither read-only nor go.
+fn assert_given_back(lab: &Lab) {
+    let is_open = || {
+        let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let mut paths = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        paths.find(|path| path.starts_with(lab.queue_dir()))
+    };
+    let begin = Instant::now();
+    while let Some(path) = is_open() {
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "{} is still open",
+            path.display()
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 #[test]
 fn an_outage_longer_than_the_ring_loses_no_order() {
     let lab = Lab::new(SECTORS).with_queue(64 * MIB);
@@ -102,7 +122,8 @@ fn an_outage_longer_than_the_ring_loses_no_order() {
             .as_ref()
             .is_some_and(|queue| queue.disk_bytes == 0)
     });
-    assert!(segments(&lab).is_empty(), "its space is given back");
+    assert!(segments(&lab).is_empty());
+    assert_given_back(&lab);
     agent.stop();
 }
 
@@ -136,6 +157,48 @@ fn a_stuck_connection_does_not_keep_the_ring_full() {
     agent.wait_in_sync();
     lab.assert_identical();
     assert_eq!(lab.gaps(), 0);
+    agent.stop();
+}
+
+/// Whoever asks gets an answer, and a true one, while a batch waits for a connection that takes nothing.
+#[test]
+fn requests_are_answered_while_a_connection_is_stuck() {
+    let lab = Lab::new(SECTORS).with_queue(64 * MIB);
+    let target = lab.start_target();
+    let faults = Faults::new(target.address, 1);
+    let mut agent = lab.start_agent_to(faults.address);
+    agent.target = Some(target);
+    full_mirror(&mut agent);
+    faults.hold();
+    lab.write_when_there_is_room(3, 24 * MIB);
+    let begin = Instant::now();
+    let wait = Request::Wait {
+        set: "db".into(),
+        timeout_ms: Some(100),
+    };
+    let answer = agent.request(&wait);
+    assert!(
+        matches!(&answer, Err(failure) if failure.code == FailureCode::TimedOut),
+        "{answer:?}"
+    );
+    // Far from the time after which the connection would be given up.
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    lab.fill_some(4);
+    let made = lab.stream.status().unwrap().next_seq;
+    agent.wait_for(|status| status.next_seq >= made);
+    let stop = Request::MirrorStop {
+        set: "db".into(),
+        devices: vec![],
+    };
+    let answer = agent.request(&stop);
+    assert!(
+        matches!(&answer, Err(failure) if failure.code == FailureCode::NothingToDo),
+        "{answer:?}"
+    );
+    assert_eq!(faults.accepted(), 1, "the connection was given up");
+    faults.heal();
+    agent.wait_in_sync();
+    lab.assert_identical();
     agent.stop();
 }
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dtloop_agent::config::TransportKind;
-use dtloop_agent::link::Link;
+use dtloop_agent::link::{Link, Nobody};
 use dtloop_target::transport::Connection;
 use dtloop_trust::tls::{Known, TargetTls};
 use dtloop_trust::{Pin, Vault};
@@ -66,7 +66,7 @@ fn rate(transport: TransportKind, payload: usize) -> f64 {
         }
         read
     });
-    let mut link = Link::connect(&address, transport, &source, common::nobody()).unwrap();
+    let mut link = Link::connect(&address, transport, &source, &mut Nobody).unwrap();
     let (head, body) = (vec![1; HEAD], vec![2; payload]);
     let records = ((1 << 20) / (payload + HEAD)).clamp(1, 500);
     let begin = Instant::now();
@@ -76,7 +76,7 @@ fn rate(transport: TransportKind, payload: usize) -> f64 {
         for _ in 0..records {
             pieces.extend([IoSlice::new(&head), IoSlice::new(&body)]);
         }
-        link.send(&mut pieces).unwrap();
+        link.send(&mut pieces, &mut Nobody).unwrap();
         sent += records * (payload + HEAD);
     }
     drop(link);

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::{Agent, Faults, Lab, Target, free_port};
 use dtloop_agent::config::TransportKind;
-use dtloop_agent::link::{Link, LinkError};
+use dtloop_agent::link::{Link, LinkError, Nobody};
 use dtloop_agent::pairing::{PairError, pair};
 use dtloop_api::{Connection, MirrorKind, Outcome, Request};
 use dtloop_proto::message::Pair;
@@ -241,7 +241,7 @@ fn plaintext_and_tls_do_not_meet() {
         "192.0.2.1:7788",
         TransportKind::Plaintext,
         &vault,
-        common::nobody(),
+        &mut Nobody,
     );
     assert!(matches!(link, Err(LinkError::Open(_))));
 }
@@ -292,7 +292,9 @@ fn client_hello_of_tls_1_2() -> Vec<u8> {
 
 #[test]
 fn a_revocation_cuts_a_live_connection() {
-    let lab = Lab::secure(SECTORS);
+    // Nothing here waits for the next attempt.
+    let mut lab = Lab::secure(SECTORS);
+    lab.retry_ms_max = 600_000;
     let target = lab.start_target();
     let mut agent = lab.start_agent_to(target.address);
     agent.request(&mirror()).unwrap();
@@ -313,7 +315,12 @@ fn a_revocation_cuts_a_live_connection() {
     let code = invite(&lab, None, 900);
     let source = Vault::new(&lab.agent_dir());
     pair(&source, &target.address.to_string(), &code, "alpha").unwrap();
-    agent.wait_in_sync();
+    // Whoever asks from now on is not told of the refusal.
+    let wait = Request::Wait {
+        set: "db".into(),
+        timeout_ms: Some(60_000),
+    };
+    agent.request(&wait).unwrap();
     lab.assert_identical();
     agent.target = Some(target);
     agent.stop();
@@ -479,10 +486,12 @@ fn the_agent_tells_a_cut_from_a_farewell() {
             &address.to_string(),
             TransportKind::Tls,
             &source,
-            common::nobody(),
+            &mut Nobody,
         )
         .unwrap();
-        let end = link.expect_message(Duration::from_secs(30)).unwrap_err();
+        let end = link
+            .expect_message(Duration::from_secs(30), &mut Nobody)
+            .unwrap_err();
         assert!(
             matches!(
                 (says_farewell, &end),

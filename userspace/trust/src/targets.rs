@@ -23,6 +23,9 @@ pub struct Target {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Targets {
     targets: Vec<Target>,
+    /// See [`Targets::changes`].
+    #[serde(default)]
+    changes: u64,
 }
 
 /// An address as it is compared: names of hosts have no case.
@@ -38,6 +41,13 @@ impl Targets {
         &self.targets
     }
 
+    /// How often something was changed here: who was refused with an older number may be let in now, even if nothing looks
+    /// different, as when a target had forgotten this source and is paired again.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// The target at an address.
     #[must_use]
     pub fn at(&self, address: &str) -> Option<&Target> {
@@ -49,6 +59,7 @@ impl Targets {
     pub fn insert(&mut self, mut target: Target) {
         target.address = normal(&target.address);
         self.remove(&target.address);
+        self.changes += 1;
         self.targets.push(target);
         self.targets.sort_by(|a, b| a.address.cmp(&b.address));
     }
@@ -60,6 +71,7 @@ impl Targets {
             .targets
             .iter()
             .position(|target| target.address == wanted)?;
+        self.changes += 1;
         Some(self.targets.remove(index))
     }
 }
@@ -85,7 +97,13 @@ mod tests {
         targets.insert(target("b.example:7788", 3));
         assert_eq!(targets.at("b.example:7788").unwrap().pin, Pin::of(&[3]));
         assert_eq!(targets.all().len(), 2);
+        // Each is a change, also one that leaves everything as it was.
+        let before = targets.changes();
+        targets.insert(target("b.example:7788", 3));
+        assert!(targets.changes() > before);
+        let before = targets.changes();
         assert!(targets.remove("B.example:7788").is_some());
+        assert!(targets.changes() > before);
         assert!(targets.remove("b.example:7788").is_none());
     }
 }

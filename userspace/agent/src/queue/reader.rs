@@ -43,6 +43,11 @@ impl QueueReader {
         }
     }
 
+    /// Lets the files go: the space of one that was removed is given back only then.
+    pub fn let_go(&mut self) {
+        (self.reader, self.last) = (None, None);
+    }
+
     /// Reads a batch. Its frames are still to be checked, see [`stored`].
     ///
     /// # Errors

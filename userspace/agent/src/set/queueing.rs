@@ -208,7 +208,7 @@ impl Worker {
         if let Some(reason) = packed.fault {
             self.on_unreadable(packed.next, batch, reason);
         }
-        self.send_batch(session, None, packed.sent, packed.next)
+        self.send_batch(stream, session, None, packed.sent, packed.next)
     }
 
     /// Puts the records of a batch that are to be sent, those below `end`, into the outbox, up to the first damaged one or
@@ -370,6 +370,7 @@ impl Worker {
             let seen = Seen {
                 ring_percent: ring_percent(&status),
                 gap: status.has(dtloop_abi::raw::STREAM_GAP),
+                marked: status.gap_changes,
                 connected,
                 queued: 0,
                 health: QueueHealth::Absent,

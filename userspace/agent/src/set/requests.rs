@@ -17,6 +17,7 @@ impl Worker {
             let Some(command) = lock(&self.shared.commands).pop_front() else {
                 return;
             };
+            self.notice_pairing();
             // Who asked may have gone.
             match command {
                 Command::Start {

@@ -9,13 +9,11 @@ use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use dtloop_api::{Bandwidth, BandwidthChange, DeviceState, Failure};
+use dtloop_api::{Bandwidth, BandwidthChange, Failure};
 use dtloop_core::mirror::JobKind;
-use dtloop_proto::{Code, Message};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::config::SetConfig;
-use crate::link::Watcher;
 use crate::snapshot::Snapshot;
 
 /// What `dtloop` asks of the thread. Answers go through the channel.
@@ -68,8 +66,6 @@ pub struct SetShared {
     pub(super) publications: AtomicU64,
     pub(super) changed: Condvar,
     pub(super) watchers: AtomicUsize,
-    /// A command is waiting for which a send must not be waited for.
-    pub(super) urgent: AtomicBool,
     stop: AtomicBool,
     verify_log: OnceLock<PathBuf>,
 }
@@ -92,7 +88,6 @@ impl SetShared {
             publications: AtomicU64::new(0),
             changed: Condvar::new(),
             watchers: AtomicUsize::new(0),
-            urgent: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             verify_log: OnceLock::new(),
         })
@@ -112,11 +107,7 @@ impl SetShared {
 
     /// Asks the thread for something.
     pub fn command(&self, command: Command) {
-        let urgent = matches!(command, Command::InPlace { .. });
         lock(&self.commands).push_back(command);
-        if urgent {
-            self.urgent.store(true, Ordering::Relaxed);
-        }
         self.wake();
     }
 
@@ -161,27 +152,5 @@ impl SetShared {
     #[must_use]
     pub fn is_stopping(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
-    }
-}
-
-impl Watcher for SetShared {
-    /// While the thread waits in a send it publishes nothing: that the target holds it back is said here.
-    fn heard(&self, message: &Message) {
-        let Message::Notice(notice) = message else {
-            return;
-        };
-        if notice.code == Code::OK {
-            return;
-        }
-        let mut snapshot = lock(&self.snapshot);
-        for device in &mut snapshot.status.devices {
-            device.state = DeviceState::Error;
-            device.reason.clone_from(&notice.text);
-        }
-        self.changed.notify_all();
-    }
-
-    fn must_end(&self) -> bool {
-        self.is_stopping() || self.urgent.load(Ordering::Relaxed)
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use dtloop_abi::{CaptureStream, Extent, Hold, raw};
 use dtloop_api::Connection;
 use dtloop_core::resync;
-use dtloop_proto::message::Refuse;
+use dtloop_proto::message::{Notice, Refuse};
 use dtloop_proto::record::F_DEVICES;
 use dtloop_proto::{Code, Message, Op, RecordBody};
 
@@ -18,7 +18,7 @@ use super::{
     BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, PING_AFTER, PUBLISH_EVERY, Sent, Session,
     WAKE_AHEAD, Worker,
 };
-use crate::link::{LinkError, SILENCE_MAX};
+use crate::link::{LinkError, Nobody, SILENCE_MAX};
 use crate::shaper::Flight;
 use crate::ship::body_of;
 
@@ -41,7 +41,9 @@ impl Worker {
                 .is_ok();
             if said {
                 // The target notices the end without it as well.
-                let _ = session.outbox.send(&mut session.link, None, None);
+                let _ = session
+                    .outbox
+                    .send(&mut session.link, None, None, &mut Nobody);
             }
         }
         self.publish(Some(stream), None);
@@ -82,7 +84,7 @@ impl Worker {
             }
             self.publish_if_due(stream, session)?;
             self.persist(false);
-            self.ping(session)?;
+            self.ping(stream, session)?;
             self.sleep(stream, session, &mut quiet, waits)?;
         }
         Ok(())
@@ -96,13 +98,13 @@ impl Worker {
     ) -> Result<bool, End> {
         let room = self.shaper.room();
         if room == 0 {
-            return self.send_messages(session);
+            return self.send_messages(stream, session);
         }
         let first = session.core.next_to_send();
         let hold = match self.source_of(stream, session)? {
             Source::Ring(hold) => hold,
             Source::Queue(batch) => return self.send_stored(stream, session, &batch, room),
-            Source::Nothing => return self.send_messages(session),
+            Source::Nothing => return self.send_messages(stream, session),
         };
         let mut seq = first;
         let mut sent = Sent::default();
@@ -125,12 +127,13 @@ impl Worker {
             sent.bytes += record.payload.len() as u64;
             seq += 1;
         }
-        self.send_batch(session, Some(hold), sent, seq)
+        self.send_batch(stream, session, Some(hold), sent, seq)
     }
 
     /// Sends what is in the outbox: the records up to `next`, and messages. False: nothing is.
     pub(super) fn send_batch(
         &mut self,
+        stream: &dyn CaptureStream,
         session: &mut Session,
         hold: Option<Hold>,
         mut sent: Sent,
@@ -146,7 +149,10 @@ impl Worker {
         if wire > 0 {
             self.totals.sent_bytes += wire as u64;
             let patience = self.hold_patience();
-            session.outbox.send(&mut session.link, hold, patience)?;
+            let meanwhile = &mut self.meanwhile(stream, Some(session.view()));
+            session
+                .outbox
+                .send(&mut session.link, hold, patience, meanwhile)?;
         }
         let mut flight = None;
         if next > first {
@@ -167,13 +173,20 @@ impl Worker {
     }
 
     /// Sends what is no record: that is never held up by the bandwidth limit. False: there was nothing.
-    fn send_messages(&mut self, session: &mut Session) -> Result<bool, End> {
+    fn send_messages(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+    ) -> Result<bool, End> {
         let wire = session.outbox.bytes();
         if wire == 0 {
             return Ok(false);
         }
         self.totals.sent_bytes += wire as u64;
-        session.outbox.send(&mut session.link, None, None)?;
+        let meanwhile = &mut self.meanwhile(stream, Some(session.view()));
+        session
+            .outbox
+            .send(&mut session.link, None, None, meanwhile)?;
         let blocked = std::mem::take(&mut session.link.blocked);
         self.shaper.on_sent(wire, blocked, None);
         Ok(true)
@@ -363,15 +376,7 @@ impl Worker {
                     self.evaluate(stream, session, None, &[])?;
                 }
                 Message::Past(past) => self.past = past,
-                Message::Notice(notice) => {
-                    tracing::warn!(
-                        "Set \"{}\", target {}: {}.",
-                        self.config.name,
-                        self.config.target,
-                        notice.text
-                    );
-                    self.notice = (notice.code != Code::OK).then_some(notice.text);
-                }
+                Message::Notice(notice) => self.on_notice(&notice),
                 Message::Staging(staging) => self.staging = staging,
                 Message::Ping(number) => {
                     session
@@ -384,6 +389,21 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// The target is held up, or no longer.
+    pub(super) fn on_notice(&mut self, notice: &Notice) {
+        let held_up = (notice.code != Code::OK).then(|| notice.text.clone());
+        if self.notice == held_up {
+            return;
+        }
+        tracing::warn!(
+            "Set \"{}\", target {}: {}.",
+            self.config.name,
+            self.config.target,
+            notice.text
+        );
+        self.notice = held_up;
     }
 
     /// The order is whole again once the target has applied everything below the position that was declared.
@@ -399,7 +419,11 @@ impl Worker {
         }
     }
 
-    pub(super) fn ping(&mut self, session: &mut Session) -> Result<(), End> {
+    pub(super) fn ping(
+        &mut self,
+        stream: &dyn CaptureStream,
+        session: &mut Session,
+    ) -> Result<(), End> {
         if session.link.heard.elapsed() > SILENCE_MAX {
             return Err(LinkError::Silent.into());
         }
@@ -408,7 +432,7 @@ impl Worker {
             session
                 .outbox
                 .message(session.id, 0, &Message::Ping(session.core.next_to_send()))?;
-            self.send_messages(session)?;
+            self.send_messages(stream, session)?;
         }
         Ok(())
     }

@@ -3,8 +3,6 @@
 //! What the source has to do with the target's staging: it announces how much will be sent again, and carries an
 //! operator's choice.
 
-use std::sync::atomic::Ordering;
-
 use dtloop_abi::CaptureStream;
 use dtloop_api::StagingStatus;
 use dtloop_core::mirror::JobKind;
@@ -66,7 +64,6 @@ impl Worker {
     /// The target reads nothing while it waits for room, so the choice goes with a new hello. A target that has nothing to
     /// give up lets it be.
     pub(super) fn choose_in_place(&mut self) -> u64 {
-        self.shared.urgent.store(false, Ordering::Relaxed);
         self.in_place = true;
         0
     }

@@ -9,7 +9,7 @@ use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, ProofStatus, Rates, SetStatus};
 use dtloop_core::mirror::JobKind;
 use dtloop_proto::Code;
-use dtloop_proto::message::{StagingPhase, VolumeSync};
+use dtloop_proto::message::{Ack, StagingPhase, VolumeSync};
 
 use super::{BUSY_WAIT, End, Measured, PUBLISH_EVERY, RATES_EVERY_MS, Session, Worker, lock};
 use crate::snapshot::{Snapshot, ms, unix_ms};
@@ -17,19 +17,34 @@ use crate::snapshot::{Snapshot, ms, unix_ms};
 /// Differing extents of the last verification that the status lists; all are in the log.
 const EXTENTS_IN_STATUS: usize = 16;
 
+/// What is told of a session.
+#[derive(Clone, Copy)]
+pub(super) struct View {
+    since: Instant,
+    ack: Ack,
+    next_to_send: u64,
+    /// When the oldest record was made that is not applied.
+    oldest_ns: Option<u64>,
+}
+
+impl Session {
+    pub(super) fn view(&self) -> View {
+        View {
+            since: self.since,
+            ack: *self.core.ack(),
+            next_to_send: self.core.next_to_send(),
+            oldest_ns: self.batches.front().map(|sent| sent.time_ns),
+        }
+    }
+}
+
 impl Worker {
     pub(super) fn publish_if_due(
         &mut self,
         stream: &dyn CaptureStream,
         session: &Session,
     ) -> Result<(), End> {
-        let watched = self.shared.watchers.load(Ordering::Relaxed) > 0;
-        let every = if watched {
-            BUSY_WAIT * 10
-        } else {
-            PUBLISH_EVERY
-        };
-        if self.published.elapsed() < every {
+        if !self.is_publication_due() {
             return Ok(());
         }
         if stream.status()?.has(raw::STREAM_BAD_CONSUMER) {
@@ -37,15 +52,21 @@ impl Worker {
                 "The kernel refused a release of this agent".to_owned(),
             ));
         }
-        self.publish(Some(stream), Some(session));
+        self.publish(Some(stream), Some(session.view()));
         Ok(())
     }
 
-    pub(super) fn publish(
-        &mut self,
-        stream: Option<&dyn CaptureStream>,
-        session: Option<&Session>,
-    ) {
+    pub(super) fn is_publication_due(&self) -> bool {
+        let watched = self.shared.watchers.load(Ordering::Relaxed) > 0;
+        let every = if watched {
+            BUSY_WAIT * 10
+        } else {
+            PUBLISH_EVERY
+        };
+        self.published.elapsed() >= every
+    }
+
+    pub(super) fn publish(&mut self, stream: Option<&dyn CaptureStream>, session: Option<View>) {
         self.published = Instant::now();
         if let (Some(planner), Some(job)) = (&self.planner, &mut self.job) {
             job.state = planner.state().clone();
@@ -80,8 +101,7 @@ impl Worker {
         let states = || snapshot.status.devices.iter().map(|device| &device.state);
         // What is staged is not in the volumes, where who waits will look for it.
         let direct = self.staging.phase == StagingPhase::Direct;
-        let whole =
-            |session: &Session| session.core.ack().applied_seq.saturating_add(1) >= self.whole_at;
+        let whole = |session: View| session.ack.applied_seq.saturating_add(1) >= self.whole_at;
         snapshot.settled = session.is_some_and(whole)
             && direct
             && self.resync.is_idle()
@@ -111,7 +131,7 @@ impl Worker {
         &mut self,
         status: &mut SetStatus,
         stream: &dyn CaptureStream,
-        session: Option<&Session>,
+        session: Option<View>,
     ) {
         let Ok(ring) = stream.status() else { return };
         status.stream_uuid = self.memory.stream_uuid.to_string();
@@ -123,12 +143,11 @@ impl Worker {
         status.backlog_bytes = ring.used_bytes + bytes;
         status.backlog_records = ring.next_seq - ring.released + queued;
         if let Some(session) = session {
-            let ack = session.core.ack();
-            status.sent_seq = session.core.next_to_send();
-            status.durable_seq = ack.durable_seq + 1;
-            status.applied_seq = ack.applied_seq + 1;
+            status.sent_seq = session.next_to_send;
+            status.durable_seq = session.ack.durable_seq + 1;
+            status.applied_seq = session.ack.applied_seq + 1;
         }
-        let oldest = session.and_then(|session| session.batches.front().map(|sent| sent.time_ns));
+        let oldest = session.and_then(|session| session.oldest_ns);
         let oldest = oldest.or_else(|| self.oldest_queued_ns());
         let oldest = oldest.or_else(|| {
             stream

@@ -157,7 +157,13 @@ impl QueueHandle {
     pub fn on_ack(&mut self, durable_seq: u64) {
         if durable_seq >= self.told {
             self.told = durable_seq + 1;
-            self.shared.lock().spool.on_ack(durable_seq);
+            let mut inner = self.shared.lock();
+            inner.spool.on_ack(durable_seq);
+            let emptied = inner.spool.records() == 0;
+            drop(inner);
+            if emptied {
+                self.reader.let_go();
+            }
         }
     }
 

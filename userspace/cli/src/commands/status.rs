@@ -26,10 +26,13 @@ pub(crate) fn run(context: &Context<'_>, args: &Status) -> anyhow::Result<Code> 
     } else {
         output::text(&picture.to_text())?;
     }
-    if args.check && !picture.all_in_sync() {
-        return Ok(Code::Differs);
+    if !args.check {
+        return Ok(Code::Done);
     }
-    Ok(Code::Done)
+    for problem in picture.problems() {
+        output::note(&problem);
+    }
+    Ok(picture.check())
 }
 
 /// Everything, once.
@@ -38,6 +41,8 @@ struct Picture {
     sets: Vec<Set>,
     /// The agent's version, or why it says nothing.
     agent: Option<Result<String, String>>,
+    /// How a check ends if it says nothing.
+    agent_code: Option<Code>,
     /// Why the module says nothing.
     module: Option<String>,
 }
@@ -89,7 +94,10 @@ impl Picture {
             {
                 Err(failure.message)
             }
-            Err(error) => Err(error.to_string()),
+            Err(error) => {
+                picture.agent_code = Some(Code::of_agent(&error));
+                Err(error.to_string())
+            }
         });
         if let Some(only) = only {
             picture.sets.retain(|set| set.name == only);
@@ -133,6 +141,24 @@ impl Picture {
         self.sets.sort_by(|a, b| a.name.cmp(&b.name));
     }
 
+    /// What keeps the copies from being what they should be, as far as this machine knows.
+    fn problems(&self) -> Vec<String> {
+        let mut problems: Vec<String> = self.module.iter().cloned().collect();
+        if let Some(Err(error)) = &self.agent {
+            problems.push(error.clone());
+        }
+        problems.extend(self.sets.iter().flat_map(Set::problems));
+        problems
+    }
+
+    fn check(&self) -> Code {
+        if self.problems().is_empty() {
+            return Code::Done;
+        }
+        let module = self.module.as_ref().map(|_| Code::NoModule);
+        self.agent_code.or(module).unwrap_or(Code::Differs)
+    }
+
     fn all_in_sync(&self) -> bool {
         let mut devices = self.sets.iter().flat_map(|set| &set.devices);
         devices.all(|device| {
@@ -143,6 +169,22 @@ impl Picture {
 }
 
 impl Set {
+    fn problems(&self) -> Vec<String> {
+        let mut problems = vec![];
+        if let Some(agent) = &self.agent {
+            if !matches!(agent.connection, Connection::Connected { .. }) {
+                problems.push(format!("set {}: target {}", self.name, target(agent)));
+            }
+        }
+        for device in &self.devices {
+            let agent = device.agent.as_ref();
+            if !agent.is_some_and(|agent| agent.state.is_consistent()) {
+                problems.push(format!("loop{}: {}", device.number, device.state()));
+            }
+        }
+        problems
+    }
+
     fn add_agent(&mut self, set: SetStatus) {
         for device in &set.devices {
             let known = self.devices.iter_mut().find(|d| d.number == device.number);
@@ -265,6 +307,7 @@ impl Picture {
             "agent_version": agent.and_then(|agent| agent.as_ref().ok()),
             "agent_error": agent.and_then(|agent| agent.as_ref().err()),
             "in_sync": self.all_in_sync(),
+            "problems": self.problems(),
             "sets": sets.collect::<Vec<_>>(),
         })
     }
@@ -628,6 +671,35 @@ set db
 ";
         assert_eq!(picture.to_text(), expected);
         assert!(picture.all_in_sync());
+    }
+
+    #[test]
+    fn a_check_names_whatever_is_wrong() {
+        let check = |agent| {
+            let picture = picture(agent);
+            (picture.check(), picture.problems().join("; "))
+        };
+        let well = agent(&DeviceState::InSync, "");
+        assert_eq!(check(Some(well.clone())), (Code::Done, String::new()));
+        let mut cut = well;
+        let reason = "No route to host".to_owned();
+        cut.connection = Connection::Connecting {
+            reason,
+            retry_ms: 0,
+        };
+        let problem = "set db: target 10.0.0.2:7788, connecting (No route to host)";
+        assert_eq!(check(Some(cut)), (Code::Differs, problem.into()));
+        let lost = agent(&DeviceState::MirrorNeeded, "it was never mirrored");
+        let problem = "loop1: mirror needed (it was never mirrored)";
+        assert_eq!(check(Some(lost)), (Code::Differs, problem.into()));
+        // Also where nothing is attached.
+        let silent = Picture {
+            agent: Some(Err("The agent does not run.".into())),
+            agent_code: Some(Code::NoAgent),
+            ..Picture::default()
+        };
+        assert_eq!(silent.check(), Code::NoAgent);
+        assert_eq!(silent.problems(), ["The agent does not run."]);
     }
 
     #[test]

@@ -8,10 +8,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::Duration;
 
 use dtloop_core::binding::Refusal;
-use dtloop_proto::message::{Notice, bounded_text};
-use dtloop_proto::{Code, Message};
 
 use super::{Applier, Batch, Command, Complaint, OpenError, Pause};
+use crate::outlet::Part;
 
 /// Pause before something that failed is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -192,10 +191,8 @@ impl Thread<'_> {
         let parts = &self.applier.parts;
         if self.complained.as_ref().map(|known| known.code) != Some(complaint.code) {
             tracing::error!("{}.", complaint.text);
-            parts.outlet.send(&Message::Notice(Notice {
-                code: complaint.code,
-                text: bounded_text(complaint.text.clone()),
-            }));
+            let (code, text) = (complaint.code, complaint.text.clone());
+            parts.outlet.complain(Part::Applier, code, text);
         }
         let until = parts.clock.now() + RETRY_AFTER;
         while parts.clock.now() < until && !parts.flags.in_place.load(Ordering::Relaxed) {
@@ -230,11 +227,9 @@ impl Thread<'_> {
     /// Tells that it works again, if it was told that something does not.
     fn relent(&mut self) {
         if self.complained.take().is_some() {
-            let text = "All volumes can be used again".to_owned();
+            let text = "All volumes can be used again";
             tracing::info!("{text}.");
-            let code = Code::OK;
-            let notice = Notice { code, text };
-            self.applier.parts.outlet.send(&Message::Notice(notice));
+            self.applier.parts.outlet.relent(Part::Applier, text);
         }
     }
 }

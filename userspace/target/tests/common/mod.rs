@@ -26,7 +26,6 @@ use dtloop_abi::CaptureStream;
 use dtloop_abi::testing::FakeStream;
 use dtloop_agent::config::{Compression, QueueConfig, SetConfig, SyncMode, TransportKind};
 use dtloop_agent::control::{self, Sets};
-use dtloop_agent::link::Watcher;
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::Streams;
 use dtloop_agent::verify_config::VerifyConfig;
@@ -78,18 +77,6 @@ impl Streams for OneStream {
     }
 }
 
-/// Nobody waits while a link sends.
-pub fn nobody() -> Arc<dyn Watcher> {
-    struct Nobody;
-    impl Watcher for Nobody {
-        fn heard(&self, _: &dtloop_proto::Message) {}
-        fn must_end(&self) -> bool {
-            false
-        }
-    }
-    Arc::new(Nobody)
-}
-
 /// A source device, directories for both sides.
 pub struct Lab {
     dir: tempfile::TempDir,
@@ -100,6 +87,8 @@ pub struct Lab {
     pub journal_bytes: (u64, u64),
     /// Over TLS, between paired peers.
     pub tls: bool,
+    /// Longest pause between two connections.
+    pub retry_ms_max: u64,
     /// What the agent is told to do.
     pub compression: Compression,
     /// The agent's disk queue, and the disk it is on if it is not this machine's.
@@ -121,6 +110,7 @@ impl Lab {
             sectors,
             journal_bytes: (64 << 20, 16 << 20),
             tls: false,
+            retry_ms_max: 100,
             compression: Compression::default(),
             queue: None,
             queue_disk: None,
@@ -309,7 +299,7 @@ impl Lab {
             } else {
                 TransportKind::Plaintext
             },
-            retry_ms_max: 100,
+            retry_ms_max: self.retry_ms_max,
             bandwidth: Default::default(),
             compression: self.compression,
             mirror_rate: Default::default(),
