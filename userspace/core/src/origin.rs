@@ -69,6 +69,15 @@ impl Origin {
         self.samples.retain(|sample| found.contains(sample));
     }
 
+    /// Whether that is the disk, without a doubt: enough is known of it, and all of it was found again.
+    #[must_use]
+    pub fn is_certain(&self, found: &[Sample]) -> bool {
+        /// Fewer may be alike on two disks.
+        const ENOUGH: usize = 4;
+        let mut samples = self.samples.iter();
+        self.samples.len() >= ENOUGH && samples.all(|sample| found.contains(sample))
+    }
+
     /// Offsets of the blocks that hold something else than they did.
     #[must_use]
     pub fn changed(&self, found: &[Sample]) -> Vec<u64> {
@@ -97,6 +106,12 @@ mod tests {
         let at = offsets[3];
         let newer = [Sample::of(at, b"new"), Sample::of(offsets[4], b"old")];
         assert_eq!(origin.changed(&newer), [at]);
+        assert!(!origin.is_certain(&newer));
+        let old: Vec<Sample> = offsets
+            .iter()
+            .map(|offset| Sample::of(*offset, b"old"))
+            .collect();
+        assert!(origin.is_certain(&old) && !Origin::default().is_certain(&old));
         let mut kept = origin.clone();
         kept.keep_only(&newer);
         assert_eq!(kept.known(), [offsets[4]]);

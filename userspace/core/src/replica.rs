@@ -213,6 +213,7 @@ impl SetMemory {
         {
             memory.mirrored = mirrored;
             memory.mirrored_once |= mirrored;
+            memory.doubt.take_if(|_| mirrored);
         }
     }
 
@@ -226,15 +227,22 @@ impl SetMemory {
         let news = memory.decided != device && memory.doubt.is_none();
         if news {
             (memory.doubt, memory.mirrored) = (Some(reason), false);
-            memory.origin = Origin::default();
         }
         news
+    }
+
+    /// What is known of the right disk is what this one holds: it is back.
+    pub fn reassure(&mut self, device: u32) {
+        if let Some(memory) = self.device_mut(device) {
+            memory.doubt = None;
+        }
     }
 
     /// An operator wants the copy to become what the device is.
     pub fn decide(&mut self, device: u32) {
         if let Some(memory) = self.device_mut(device) {
             (memory.doubt, memory.decided) = (None, device);
+            memory.origin = Origin::default();
         }
     }
 

@@ -250,6 +250,26 @@ fn a_disk_that_was_restored_waits_for_an_operator() {
 }
 
 #[test]
+fn the_right_disk_that_is_back_needs_no_operator() {
+    let mut lab = crashed_when(knows_blocks);
+    lab.stream.set_intent(&intent(7, 1));
+    lab.stream.mark_regions(lab.device, &[]);
+    let (right, wrong) = (lab.stream.content(lab.device), random(78, 4 << 20));
+    lab.stream.set_content(lab.device, &wrong);
+    let agent = lab.start_agent(lab.start_target());
+    agent.wait_state("mirror needed");
+    lab.write(6000, &random(5, 512));
+    agent.wait_for(|status| status.applied_seq == status.next_seq);
+    agent.stop();
+    lab.renew_stream_as(*b"the third stream");
+    lab.stream.set_content(lab.device, &right);
+    let mut agent = lab.start_agent(lab.start_target());
+    agent.wait_in_sync();
+    lab.assert_identical();
+    agent.stop();
+}
+
+#[test]
 fn what_a_crash_may_have_left_is_no_reason_for_doubt() {
     let mut lab = crashed_when(knows_blocks);
     lab.stream.set_intent(&intent(7, 1));

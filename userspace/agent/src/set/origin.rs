@@ -221,16 +221,31 @@ impl Worker {
         for device in joined {
             // Without marks nobody knows what the crash itself may have left.
             let marked = complete && Found::from_raw(device.intent_found) == Found::Known;
-            let found = if marked {
+            let doubtful = self.memory.is_doubtful(device.device_id);
+            let found = if marked || doubtful {
                 self.check_origin(stream, device)?
             } else {
                 vec![]
             };
-            if let Some(memory) = self.memory.devices.get_mut(device.label()) {
-                memory.origin.keep_only(&found);
-            }
+            self.note_found(device, &found, doubtful);
         }
         Ok(())
+    }
+
+    fn note_found(&mut self, device: &raw::DeviceStatus, found: &[Sample], doubtful: bool) {
+        let Some(memory) = self.memory.devices.get_mut(device.label()) else {
+            return;
+        };
+        if doubtful && memory.origin.is_certain(found) {
+            tracing::info!(
+                "Set \"{}\", loop{}: it is the disk again that the copy was made of.",
+                self.config.name,
+                device.loop_number()
+            );
+            self.memory.reassure(device.device_id);
+        } else if memory.doubt.is_none() {
+            memory.origin.keep_only(found);
+        }
     }
 
     /// Gives what its blocks hold.
