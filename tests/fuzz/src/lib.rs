@@ -15,11 +15,15 @@
 //! | `state` | state files of agent and target |
 //! | `config` | `dtloop.toml`, `dttarget.toml` |
 //! | `api` | lines of the agent's control socket, and of `dtloop`'s side of it |
+//! | `trust` | pairing codes, pins of keys, the files of who is paired, the file of the hash chain |
+//! | `intent` | the intent file, as the kernel module reads it, and its marks |
 //! | `ring` | geometry and descriptors of a ring whose kernel module is broken |
 
 mod files;
+mod intent;
 mod memory;
 mod ring;
+mod trust;
 mod wire;
 
 pub use memory::peak;
@@ -97,6 +101,19 @@ pub const TARGETS: &[Target] = &[
         memory_max: 8 << 20,
         body: files::api,
         seeds: files::api_seeds,
+    },
+    Target {
+        name: "trust",
+        memory_max: 1 << 20,
+        body: trust::trust,
+        seeds: trust::trust_seeds,
+    },
+    Target {
+        name: "intent",
+        // The map of a device of 8 GiB in regions of 64 KiB.
+        memory_max: 256 << 10,
+        body: intent::intent,
+        seeds: intent::intent_seeds,
     },
     Target {
         name: "ring",

@@ -242,6 +242,35 @@ fn a_new_stream_leads_to_a_difference_mirror_by_itself() {
     agent.stop();
 }
 
+/// Nobody has to do anything for it, so it is nothing that `dtloop wait` gives up for.
+#[test]
+fn what_is_mirrored_by_itself_is_waited_for() {
+    let mut lab = Lab::new(SECTORS);
+    lab.fill();
+    let target = lab.start_target();
+    let address = target.address;
+    let mut agent = lab.start_agent(target);
+    agent.request(&mirror(MirrorKind::Full)).unwrap();
+    agent.target.take().unwrap().stop();
+    agent.stop();
+    lab.renew_stream();
+    let mut agent = lab.start_agent_to(address);
+    agent.wait_state("mirror needed");
+    let wait = |timeout_ms| Request::Wait {
+        set: "db".into(),
+        timeout_ms: Some(timeout_ms),
+    };
+    let answer = agent.request(&wait(500));
+    assert!(
+        matches!(&answer, Err(failure) if failure.code == FailureCode::TimedOut),
+        "{answer:?}"
+    );
+    agent.target = Some(lab.start_target());
+    agent.request(&wait(60_000)).unwrap();
+    lab.assert_identical();
+    agent.stop();
+}
+
 #[test]
 fn a_target_that_lost_its_state_is_mirrored_again() {
     let lab = Lab::new(SECTORS);

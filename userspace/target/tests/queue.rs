@@ -203,6 +203,22 @@ fn requests_are_answered_while_a_connection_is_stuck() {
 }
 
 #[test]
+fn a_stuck_connection_does_not_keep_the_agent_from_ending() {
+    let lab = Lab::new(SECTORS).with_queue(64 * MIB);
+    let target = lab.start_target();
+    let faults = Faults::new(target.address, 1);
+    let mut agent = lab.start_agent_to(faults.address);
+    agent.target = Some(target);
+    full_mirror(&mut agent);
+    faults.hold();
+    lab.write_when_there_is_room(3, 24 * MIB);
+    let begin = Instant::now();
+    agent.stop();
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    faults.heal();
+}
+
+#[test]
 fn an_agent_restarted_again_and_again_goes_on_with_its_queue() {
     let lab = Lab::new(SECTORS).with_queue(128 * MIB);
     let mut agent = outage(&lab);

@@ -18,7 +18,7 @@ use super::{
     BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, PING_AFTER, PUBLISH_EVERY, Sent, Session,
     WAKE_AHEAD, Worker,
 };
-use crate::link::{LinkError, Nobody, SILENCE_MAX};
+use crate::link::{LinkError, SILENCE_MAX};
 use crate::shaper::Flight;
 use crate::ship::body_of;
 
@@ -40,10 +40,11 @@ impl Worker {
                 .message(session.id, 0, &Message::Bye(bye))
                 .is_ok();
             if said {
-                // The target notices the end without it as well.
+                // The target notices the end without it as well, so it is not waited for.
+                let meanwhile = &mut self.meanwhile(stream, None);
                 let _ = session
                     .outbox
-                    .send(&mut session.link, None, None, &mut Nobody);
+                    .send(&mut session.link, None, None, meanwhile);
             }
         }
         self.publish(Some(stream), None);

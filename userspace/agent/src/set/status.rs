@@ -106,11 +106,15 @@ impl Worker {
             && direct
             && self.resync.is_idle()
             && states().all(DeviceState::is_consistent);
-        let stuck = |device: &&DeviceStatus| {
-            matches!(
-                device.state,
-                DeviceState::MirrorNeeded | DeviceState::VerifyNeeded { .. } | DeviceState::Error
-            )
+        // A device that was mirrored once is mirrored again without asking, as soon as the target is there.
+        let once = |device: &DeviceStatus| {
+            let memory = self.memory.devices.get(&device.label);
+            memory.is_some_and(|memory| memory.mirrored_once)
+        };
+        let stuck = |device: &&DeviceStatus| match device.state {
+            DeviceState::Error | DeviceState::VerifyNeeded { .. } => true,
+            DeviceState::MirrorNeeded => !once(device),
+            _ => false,
         };
         snapshot.hopeless = snapshot.status.devices.iter().find(stuck).map(|device| {
             format!(
