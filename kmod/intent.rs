@@ -422,7 +422,7 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
     }
 
     /// The next run of suspect regions at or behind a sector: first sector and length, cut at the end of the device.
-    /// Looks at no more than `words` words: else where to go on.
+    /// Looks at no more than `words` words, which are two at least: else where to go on.
     pub(crate) fn next_suspect(&self, from: u64, words: usize) -> Result<(u64, u64), Option<u64>> {
         let mut region = from.wrapping_shr(self.shift);
         let mut start = None;
@@ -450,6 +450,8 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
         }
         let sector = |region: u64| region.wrapping_shl(self.shift).min(self.sectors);
         match start {
+            // Found by the last look, which was not enough to see how long it is.
+            Some(first) if first == region => Err(Some(sector(first))),
             Some(first) => {
                 let end = region.min(self.regions);
                 Ok((sector(first), sector(end).wrapping_sub(sector(first))))

@@ -418,6 +418,20 @@ fn marks_beyond_the_end_are_not_taken_over() {
     assert_eq!(map.suspects(), 1, "what is marked can become suspect again");
 }
 
+#[test]
+fn a_run_that_the_last_look_finds_is_told_whole() {
+    let mut map = map(SECTORS);
+    let mut bits = [0; CHUNK_BYTES];
+    bits[16..19].fill(0xff);
+    map.inherit(0, &bits);
+    // The third look finds its beginning.
+    assert_eq!(map.next_suspect(0, 3), Err(Some(128 * REGION)));
+    assert_eq!(
+        map.next_suspect(128 * REGION, 3),
+        Ok((128 * REGION, 24 * REGION))
+    );
+}
+
 // ---------------------------------------------------------------------------------------------
 // The file
 // ---------------------------------------------------------------------------------------------
