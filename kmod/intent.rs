@@ -424,6 +424,10 @@ impl<C: DerefMut<Target = [Cell]>, P: DerefMut<Target = [Chunk]>> IntentMap<C, P
     /// The next run of suspect regions at or behind a sector: first sector and length, cut at the end of the device.
     /// Looks at no more than `words` words, which are two at least: else where to go on.
     pub(crate) fn next_suspect(&self, from: u64, words: usize) -> Result<(u64, u64), Option<u64>> {
+        if from >= self.sectors {
+            // The last region may not be a whole one.
+            return Err(None);
+        }
         let mut region = from.wrapping_shr(self.shift);
         let mut start = None;
         for _ in 0..words {

@@ -430,6 +430,11 @@ fn a_run_that_the_last_look_finds_is_told_whole() {
         map.next_suspect(128 * REGION, 3),
         Ok((128 * REGION, 24 * REGION))
     );
+    // Nothing lies behind the end, although the last region is not a whole one.
+    map.inherit(1, &[0xff; CHUNK_BYTES]);
+    let (start, sectors) = map.next_suspect(SECTORS - REGION, 9).unwrap();
+    assert_eq!(start + sectors, SECTORS);
+    assert_eq!(map.next_suspect(SECTORS, 9), Err(None));
 }
 
 // ---------------------------------------------------------------------------------------------
