@@ -93,7 +93,7 @@ impl NameChange {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct State {
     files: Vec<Content>,
     seen: BTreeMap<PathBuf, usize>,
@@ -172,6 +172,24 @@ impl SimDisk {
         Self {
             state: Arc::new(Mutex::new(state)),
         }
+    }
+
+    /// Another disk that holds the same, with faults from `seed`: to see what a crash would leave here.
+    #[must_use]
+    pub fn fork(&self, seed: u64) -> Self {
+        let state = State {
+            random: Self::new(seed).draw(),
+            fail_after: None,
+            capacity: BYTES,
+            ..lock(&self.state).clone()
+        };
+        Self {
+            state: Arc::new(Mutex::new(state)),
+        }
+    }
+
+    fn draw(&self) -> u64 {
+        lock(&self.state).draw() | 1
     }
 
     /// The power fails: of what was not made durable, each sector and each change of a name survives or not. Open

@@ -6,7 +6,7 @@
 //! bound for the first time and stays until an operator unbinds the volume.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use dtloop_core::binding::{self, Binding, Refusal};
 use dtloop_disk::{Disk, RealDisk};
@@ -128,7 +128,7 @@ impl Catalog {
         offer: &DeviceOffer,
         open: Option<Volume>,
     ) -> Result<Volume, Refusal> {
-        let _gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let _gate = dtloop_runtime::lock(&self.gate);
         let damaged = |error: StateFileError| Refusal::new(Code::STATE_DAMAGED, format!("{error}"));
         let owner = self.owner(&offer.label).map_err(damaged)?;
         // A foreign volume is refused before it is even opened, so that its owner can.

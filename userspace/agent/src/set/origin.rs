@@ -79,10 +79,9 @@ fn read_blocks(
             Some(Sample::of(offset, &block))
         };
         let samples = offsets.into_iter().filter_map(&mut sample).collect();
-        let _ = answer.send(samples);
+        let _ = dtloop_runtime::post(&answer, samples);
     };
-    let thread = std::thread::Builder::new().name("blocks".to_owned());
-    thread.spawn(read).is_ok().then_some(answered)
+    dtloop_runtime::spawn("blocks", read).is_ok().then_some(answered)
 }
 
 /// Whether a block may have been changed by a crash, or since the device joined the stream.
@@ -157,7 +156,7 @@ impl Worker {
             }
             self.origins.reading = None;
         }
-        let now = Instant::now();
+        let now = dtloop_runtime::now();
         if now < self.origins.next_at {
             return;
         }
@@ -262,7 +261,7 @@ impl Worker {
         let fits = |at: &u64| at.saturating_add(SAMPLE_BYTES) <= device.size_bytes();
         let offsets: Vec<u64> = origin.known().into_iter().filter(fits).collect();
         let answer = read_blocks(stream, device, offsets.clone());
-        let found = answer.and_then(|answer| answer.recv_timeout(LOOK_PATIENCE).ok());
+        let found = answer.and_then(|answer| dtloop_runtime::receive_timeout(&answer, LOOK_PATIENCE).ok());
         let Some(found) = found else {
             return Ok(vec![]);
         };

@@ -92,7 +92,7 @@ impl Worker {
             stream_uuid: self.memory.stream_uuid,
         };
         let home = Home {
-            disk: Arc::clone(&self.disk),
+            disk: Arc::clone(&self.queue_disk),
             dir: config.dir.join(&self.config.name),
             config: config.clone(),
             owner,

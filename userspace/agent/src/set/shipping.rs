@@ -4,7 +4,6 @@
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, Extent, Hold, raw};
 use dtloop_api::Connection;
@@ -251,11 +250,11 @@ impl Worker {
     /// The kernel announces a device before its disk is there, so that no change can come first. It never comes when
     /// its disk could not be made, or when it was detached long ago.
     fn await_device(&mut self, stream: &dyn CaptureStream, device: u32) -> Result<(), End> {
-        let begin = Instant::now();
+        let begin = dtloop_runtime::now();
         let is_there =
             |devices: &[raw::DeviceStatus]| devices.iter().any(|d| d.device_id >= device);
-        while !is_there(&self.devices) && begin.elapsed() < DEVICE_WAIT {
-            std::thread::sleep(BUSY_WAIT);
+        while !is_there(&self.devices) && dtloop_runtime::elapsed(begin) < DEVICE_WAIT {
+            dtloop_runtime::sleep(BUSY_WAIT);
             self.refresh_devices(stream)?;
         }
         Ok(())
@@ -293,6 +292,7 @@ impl Worker {
                 .any(|item| item.device == device && !item.ended);
             if works {
                 planner.fail("The device was detached; start again when it is back");
+                self.memory.want_no_more(device);
             }
         }
     }
@@ -384,7 +384,7 @@ impl Worker {
                         .outbox
                         .message(session.id, 0, &Message::Pong(number))?;
                 }
-                Message::Pong(_) => self.shaper.on_pong(session.pinged.elapsed()),
+                Message::Pong(_) => self.shaper.on_pong(dtloop_runtime::elapsed(session.pinged)),
                 Message::Bye(refuse) => return Err(End::Refused(refuse)),
                 _ => return Err(LinkError::Flood.into()),
             }
@@ -425,11 +425,11 @@ impl Worker {
         stream: &dyn CaptureStream,
         session: &mut Session,
     ) -> Result<(), End> {
-        if session.link.heard.elapsed() > SILENCE_MAX {
+        if dtloop_runtime::elapsed(session.link.heard) > SILENCE_MAX {
             return Err(LinkError::Silent.into());
         }
-        if session.link.heard.elapsed() > PING_AFTER && session.pinged.elapsed() > PING_AFTER {
-            session.pinged = Instant::now();
+        if dtloop_runtime::elapsed(session.link.heard) > PING_AFTER && dtloop_runtime::elapsed(session.pinged) > PING_AFTER {
+            session.pinged = dtloop_runtime::now();
             session
                 .outbox
                 .message(session.id, 0, &Message::Ping(session.core.next_to_send()))?;
@@ -449,7 +449,7 @@ impl Worker {
     ) -> Result<(), End> {
         let ring = stream.ring();
         let next = session.core.next_to_send();
-        let begin = Instant::now();
+        let begin = dtloop_runtime::now();
         // With records at hand that may not be sent yet, to be woken by more of them is of no use.
         let limited = self
             .shaper
@@ -463,7 +463,7 @@ impl Worker {
                 .wait(false, &others, time)
                 .map_err(LinkError::from)?;
             let _ = self.shared.wake.read();
-            self.shaper.on_slept(begin.elapsed(), true);
+            self.shaper.on_slept(dtloop_runtime::elapsed(begin), true);
             return Ok(());
         }
         if next < ring.released() {
@@ -494,7 +494,7 @@ impl Worker {
             .wait(false, &others, timeout)
             .map_err(LinkError::from)?;
         let _ = self.shared.wake.read();
-        self.shaper.on_slept(begin.elapsed(), false);
+        self.shaper.on_slept(dtloop_runtime::elapsed(begin), false);
         Ok(())
     }
 }
