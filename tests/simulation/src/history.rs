@@ -51,11 +51,36 @@ impl Digest {
 pub struct History {
     /// By stream and record: the devices, by label, once that record was made.
     at: BTreeMap<([u8; 16], u64), Vec<u64>>,
+    /// The same in full, for a schedule that is looked at.
+    full: Option<BTreeMap<([u8; 16], u64), Vec<Vec<u8>>>>,
 }
 
 impl History {
     pub fn note(&mut self, stream: [u8; 16], seq: u64, devices: Vec<u64>) {
         self.at.insert((stream, seq), devices);
+    }
+
+    pub fn keep_all(&mut self) {
+        self.full = Some(BTreeMap::new());
+    }
+
+    pub fn note_full(&mut self, stream: [u8; 16], seq: u64, contents: impl FnOnce() -> Vec<Vec<u8>>) {
+        if let Some(full) = &mut self.full {
+            full.insert((stream, seq), contents());
+        }
+    }
+
+    /// Which sectors differ from what a device held at that record: their numbers, what they hold, and what they held.
+    pub fn explain(&self, stream: [u8; 16], seq: u64, device: usize, content: &[u8]) -> String {
+        let full = self.full.as_ref().and_then(|full| full.get(&(stream, seq))?.get(device));
+        let Some(held) = full else { return String::new() };
+        let number = |sector: &[u8]| sector.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let sectors = content.chunks(512).zip(held.chunks(512)).enumerate();
+        let other: Vec<_> = sectors
+            .filter(|(_, (a, b))| a != b)
+            .map(|(at, (a, b))| format!("{at}: {} for {}", number(a), number(b)))
+            .collect();
+        format!(" (sectors, the numbers of their writes: {})", other.join(", "))
     }
 
     pub fn get(&self, stream: [u8; 16], seq: u64, device: usize) -> Option<u64> {

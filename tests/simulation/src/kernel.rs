@@ -95,6 +95,10 @@ impl Model {
         while self.noted < next {
             let sums = self.devices.iter().map(|device| device.digest.sum()).collect();
             self.history.note(self.uuid, self.noted, sums);
+            let devices = &self.devices;
+            self.history.note_full(self.uuid, self.noted, || {
+                devices.iter().map(|device| device.content.clone()).collect()
+            });
             self.noted += 1;
         }
     }
@@ -335,6 +339,7 @@ impl Kernel {
         let stream = model.stream.clone();
         let seq = stream.reserve(&change);
         model.note();
+        crate::world::trace(|| format!("    record {seq:?}"));
         match seq {
             Some(seq) if late => model.open.push((seq, device, start, sectors)),
             Some(seq) => stream.complete(seq, None),
@@ -392,6 +397,16 @@ impl Kernel {
     /// What a device held at that record.
     pub fn at(&self, stream: [u8; 16], seq: u64, device: usize) -> Option<u64> {
         self.model().history.get(stream, seq, device)
+    }
+
+    /// Keeps everything that the devices held, to explain differences.
+    pub fn keep_all(&self) {
+        self.model().history.keep_all();
+    }
+
+    /// How a volume differs from what a device held at that record.
+    pub fn explain(&self, stream: [u8; 16], seq: u64, device: usize, content: &[u8]) -> String {
+        self.model().history.explain(stream, seq, device, content)
     }
 
     /// The stream, as the agent opens it.
@@ -468,7 +483,12 @@ impl CaptureStream for Opened {
         let mut model = self.model(Operation::Sync)?;
         let at = model.index(request.device_id, Operation::Sync)?;
         model.finish_overlapping(at, request.start_sector, request.sectors);
+        let before = self.stream.status()?.next_seq;
         let taken = self.stream.sync(request)?;
+        crate::world::trace(|| {
+            let next = self.stream.status().map_or(0, |status| status.next_seq);
+            format!("    SYNC {request:?}: {taken} sectors, records {before} to {next}")
+        });
         let end = request.start_sector + taken;
         let regions = request.start_sector / REGION_SECTORS..end.div_ceil(REGION_SECTORS);
         model.devices[at].recent.extend(regions);
@@ -488,8 +508,13 @@ impl CaptureStream for Opened {
 
     fn kick(&self) -> Result<()> {
         let mut model = self.model(Operation::Kick)?;
+        let before = self.stream.status()?.next_seq;
         self.stream.kick()?;
         model.note();
+        crate::world::trace(|| {
+            let next = self.stream.status().map_or(0, |status| status.next_seq);
+            format!("    kick: records {before} to {next}")
+        });
         Ok(())
     }
 

@@ -60,7 +60,7 @@ struct Run {
 pub fn run(seed: u64, traces: bool, stacks: &mut Vec<DefaultStack>) -> Result<Figures, String> {
     let world = World::new(seed, traces, std::mem::take(stacks));
     enter(Some(std::rc::Rc::clone(&world)));
-    let mut run = Run::new(seed, std::rc::Rc::clone(&world));
+    let mut run = Run::new(seed, traces, std::rc::Rc::clone(&world));
     let result = run.all();
     world.end(Machine::Source, true);
     world.end(Machine::Target, true);
@@ -76,7 +76,7 @@ pub fn run(seed: u64, traces: bool, stacks: &mut Vec<DefaultStack>) -> Result<Fi
 }
 
 impl Run {
-    fn new(seed: u64, world: std::rc::Rc<World>) -> Self {
+    fn new(seed: u64, traces: bool, world: std::rc::Rc<World>) -> Self {
         let mut random = Random::new(seed ^ 0x5eed);
         let sizes: Vec<u64> = match random.below(4) {
             0 => vec![576, 128],
@@ -87,6 +87,9 @@ impl Run {
         let descs = if random.one_in(2) { 16 } else { 64 };
         let tracks = !random.one_in(4);
         let kernel = Kernel::new(&mut random, &sizes, tracks, descs);
+        if traces {
+            kernel.keep_all();
+        }
         let queue = (!random.one_in(3)).then_some((3 + random.below(3)) * (1280 << 10));
         let compression = if random.one_in(4) { Compression::Lz4 } else { Compression::Off };
         let source = Source::new(random.draw(), kernel, queue, random.one_in(3), compression);

@@ -189,8 +189,9 @@ impl Target {
             let volume = read_volume(&disk, label).ok_or("a volume in sync is not there")?;
             if Digest::of(&volume).sum() != wanted {
                 return Err(format!(
-                    "\"{label}\" is in sync at record {} and is not what the device held then",
-                    state.applied_seq
+                    "\"{label}\" is in sync at record {} and is not what the device held then{}",
+                    state.applied_seq,
+                    kernel.explain(state.stream_uuid.0, state.applied_seq, number, &volume)
                 ));
             }
         }
@@ -226,7 +227,8 @@ fn check_staged(disk: &SimDisk, kernel: &Kernel, state: &SetState, when: &str) -
         let volume = read_volume(disk, label).ok_or("a staged volume is not there")?;
         if Digest::of(&volume).sum() != wanted {
             return Err(format!(
-                "{when}: \"{label}\" is staged since record {seq} and is not what the device held then"
+                "{when}: \"{label}\" is staged since record {seq} and is not what the device held then{}",
+                kernel.explain(stream, seq, number, &volume)
             ));
         }
     }

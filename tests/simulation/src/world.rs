@@ -587,3 +587,11 @@ pub fn time() -> Duration {
     let world = HERE.with(|here| here.borrow().clone());
     world.map_or(Duration::ZERO, |world| world.time())
 }
+
+/// Tells what happens, in a schedule that is looked at.
+pub fn trace(text: impl FnOnce() -> String) {
+    let world = HERE.with(|here| here.borrow().clone());
+    if let Some(world) = world {
+        world.trace(text);
+    }
+}

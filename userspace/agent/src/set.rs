@@ -33,6 +33,7 @@ use std::time::{Duration, Instant};
 
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, Rates, Totals};
+use dtloop_canary::Canary;
 use dtloop_core::ladder::Ladder;
 use dtloop_core::mirror::{DeviceJob, JobKind, JobState, Planner};
 use dtloop_core::replica::{Need, SetMemory};
@@ -489,13 +490,23 @@ impl Worker {
         Ok(())
     }
 
-    /// Only devices whose mirror is complete: another one is read as a whole anyway.
+    /// Only devices whose mirror is complete or under way: another one is read as a whole anyway. While a mirror is under
+    /// way, what misses the stream may be where it has been already: the order must not be declared whole without that, or
+    /// the copy would seem whole with the end of the mirror.
     fn set_resync_devices(&mut self) {
+        let mirrors = |id: u32| {
+            let planner = self.planner.as_ref();
+            let planner = planner.filter(|planner| planner.state().kind.is_mirror());
+            planner.is_some_and(|planner| {
+                let mut items = planner.state().devices.iter();
+                items.any(|item| item.device == id && item.begun)
+            }) && !dtloop_canary::bites(Canary::MirrorLeftOutOfResync)
+        };
         let mirrored = self
             .memory
             .devices
             .values()
-            .filter(|memory| memory.mirrored)
+            .filter(|memory| memory.mirrored || mirrors(memory.device))
             .map(|memory| memory.device);
         let present =
             mirrored.filter(|id| self.devices.iter().any(|device| device.device_id == *id));

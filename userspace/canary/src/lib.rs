@@ -43,8 +43,8 @@ pub enum Canary {
     NewStreamTrusted,
     /// A mirror ends before its last record is durable on the target.
     MirrorEndsEarly,
-    /// A torn state file is taken for none.
-    PublishedInTwoSteps,
+    /// What misses the stream behind a mirror under way is sent after the copy is declared whole.
+    MirrorLeftOutOfResync,
 }
 
 impl Canary {
@@ -63,7 +63,7 @@ impl Canary {
         Self::MarksGoUnflushed,
         Self::NewStreamTrusted,
         Self::MirrorEndsEarly,
-        Self::PublishedInTwoSteps,
+        Self::MirrorLeftOutOfResync,
     ];
 }
 

@@ -135,6 +135,7 @@ impl Worker {
                 session.outbox.message(session.id, position, &marker)?;
                 self.plan_mirror(session, device)?;
                 self.set_report(device, VolumeSync::Mirroring);
+                self.set_resync_devices();
             }
             Event::DeviceDone { device } if is_mirror => {
                 self.memory.set_mirrored(device, true);
