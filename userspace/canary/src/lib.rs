@@ -43,13 +43,16 @@ pub enum Canary {
     NewStreamTrusted,
     /// A mirror ends before its last record is durable on the target.
     MirrorEndsEarly,
+    /// A target that could not finish taking up a stream goes on with the number of the one before.
+    HalfTakenUp,
     /// What misses the stream behind a mirror under way is sent after the copy is declared whole.
     MirrorLeftOutOfResync,
 }
 
 impl Canary {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
+        Self::HalfTakenUp,
         Self::AckedBeforeSync,
         Self::CheckpointBeforeSync,
         Self::StagedReplayedInPlace,

@@ -24,7 +24,7 @@ use dtloop_proto::packed::OPTION_CODECS;
 use dtloop_runtime::TcpStream;
 use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
 
-use crate::applier::{Batch, Command, Item};
+use crate::applier::{Batch, Command, Durable, Item};
 use crate::journal::JournalError;
 use crate::outlet::Part;
 use crate::replica::{Replica, Writer};
@@ -285,13 +285,16 @@ fn welcome(
     hello: Hello,
     version: u16,
 ) -> Result<Session, SessionEnd> {
-    let durable_seq = writer.sequence.next() - 1;
+    let durable = Durable {
+        stream_uuid: writer.stream_uuid,
+        seq: writer.sequence.next() - 1,
+    };
     let (reply, answer) = channel();
-    let (stream_uuid, first_seq) = (hello.stream_uuid, hello.first_seq);
+    let stream_uuid = hello.stream_uuid;
     let set = hello.set.clone();
     let enter = Command::Enter {
         hello: Box::new(hello),
-        durable_seq,
+        durable,
         reply,
     };
     let gone = || {
@@ -301,24 +304,20 @@ fn welcome(
     // While a disk fails, the applier answers with the reason; it takes up nothing that nobody would know of.
     dtloop_runtime::send(&writer.commands, enter).map_err(|_| gone())?;
     let entered = dtloop_runtime::receive(&answer).map_err(|_| gone())??;
-    match entered.admission {
-        Admission::Resume => {}
-        Admission::NewStream => writer.sequence = Sequencer::new(first_seq),
-        Admission::Hole { from, to } => {
-            tracing::error!(
-                "Set \"{set}\": records {from} to {} are lost; a mirror is needed.",
-                to - 1
-            );
-            writer.sequence = Sequencer::new(to);
-        }
+    if let Admission::Hole { from, to } = entered.admission {
+        tracing::error!(
+            "Set \"{set}\": records {from} to {} are lost; a mirror is needed.",
+            to - 1
+        );
     }
+    // Also where it goes on: an attempt before this one may have taken up the stream without anybody being told.
+    writer.sequence = Sequencer::new(entered.next_seq);
     writer.stream_uuid = stream_uuid;
     let id = shared.next_session();
-    // For a new stream everything is applied; what is durable is told in the terms of the old one.
-    let told = if entered.admission == Admission::NewStream {
-        first_seq - 1
-    } else {
-        durable_seq
+    // Of a hole, the source learns where it begins.
+    let told = match entered.admission {
+        Admission::Hole { from, .. } => from - 1,
+        _ => entered.next_seq - 1,
     };
     replica
         .outlet

@@ -41,6 +41,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
+use dtloop_canary::Canary;
 use dtloop_core::binding::{Refusal, check_label};
 use dtloop_core::chain::Link;
 use dtloop_core::parallel::Schedule;
@@ -79,9 +80,20 @@ pub struct Saved {
     pub overlays: BTreeMap<String, u64>,
 }
 
+/// The last record that is in the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Durable {
+    /// Of which stream.
+    pub stream_uuid: Uuid,
+    /// Its number.
+    pub seq: u64,
+}
+
 /// What the session gets when a source may ship.
 #[derive(Clone, Debug)]
 pub struct Entered {
+    /// The record that is expected next.
+    pub next_seq: u64,
     /// How it was received.
     pub admission: Admission,
     /// The stream that was known before.
@@ -107,7 +119,7 @@ pub enum Command {
         /// What it said.
         hello: Box<Hello>,
         /// Last durable record.
-        durable_seq: u64,
+        durable: Durable,
         /// Where the answer goes.
         reply: Sender<Result<Entered, Refusal>>,
     },
@@ -241,6 +253,8 @@ pub struct Applier {
     findings: Findings,
     replaying: bool,
     told_staging: Duration,
+    /// A stream that was taken up without its source being told, and what it will be told of the time before.
+    taken_up: Option<(Uuid, Past)>,
 }
 
 impl Applier {
@@ -293,6 +307,7 @@ impl Applier {
             findings: Findings::new(disk, dir.join("verify.log")),
             replaying: false,
             told_staging: Duration::ZERO,
+            taken_up: None,
         };
         applier.open_overlays()?;
         Ok(applier)
@@ -361,26 +376,44 @@ impl Applier {
     ///
     /// # Errors
     ///
-    /// [`Pause`].
+    /// [`Pause`]. The source may be taken up already then, which its session does not know: it speaks of what it received
+    /// before, and the next call goes on with what was taken up.
     pub fn enter(
         &mut self,
         hello: &Hello,
-        durable_seq: u64,
+        durable: Durable,
     ) -> Result<Result<Entered, Refusal>, Pause> {
         // Volumes may be closed now: what was written to them must be durable, and what is
         // written again later must find them as they are.
         self.checkpoint()?;
-        let mut entered = self.take_up(hello, durable_seq);
+        let mut entered = self.take_up(hello, durable);
+        if let Ok(entered) = &entered {
+            self.taken_up = Some((hello.stream_uuid, entered.past.clone()));
+        }
         self.checkpoint()?;
+        self.taken_up = None;
         if let Ok(entered) = &mut entered {
             entered.staging = self.staging_phase();
         }
         Ok(entered)
     }
 
-    fn take_up(&mut self, hello: &Hello, durable_seq: u64) -> Result<Entered, Refusal> {
+    fn take_up(&mut self, hello: &Hello, durable: Durable) -> Result<Entered, Refusal> {
         let known_stream = self.state.stream_uuid;
-        let past = self.state.past(&hello.devices, durable_seq);
+        // Of a stream that was taken up and whose source was not told, nothing has been received.
+        let durable_seq = if durable.stream_uuid == known_stream
+            || dtloop_canary::bites(Canary::HalfTakenUp)
+        {
+            durable.seq
+        } else {
+            self.state.applied_seq
+        };
+        let taken_up = self.taken_up.take();
+        let past = taken_up.filter(|(stream, _)| *stream == hello.stream_uuid);
+        let past = match past {
+            Some((_, past)) => past,
+            None => self.state.past(&hello.devices, durable_seq),
+        };
         let admission = self.admit(hello, durable_seq)?;
         self.state.enter(hello, admission);
         if admission != Admission::Resume {
@@ -394,7 +427,13 @@ impl Applier {
             .state
             .lost
             .map_or((0, 0), |lost| (lost.from, lost.last));
+        let next_seq = match admission {
+            Admission::Resume => durable_seq + 1,
+            Admission::NewStream => hello.first_seq,
+            Admission::Hole { to, .. } => to,
+        };
         Ok(Entered {
+            next_seq,
             admission,
             known_stream,
             lost,

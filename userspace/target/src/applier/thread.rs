@@ -134,9 +134,9 @@ impl Thread<'_> {
             }
             Command::Enter {
                 hello,
-                durable_seq,
+                durable,
                 reply,
-            } => match self.applier.enter(&hello, durable_seq) {
+            } => match self.applier.enter(&hello, durable) {
                 Ok(entered) => {
                     let _ = dtloop_runtime::post(&reply, entered);
                 }
@@ -147,7 +147,7 @@ impl Thread<'_> {
                 Err(pause) => {
                     self.queue.push_front(Command::Enter {
                         hello,
-                        durable_seq,
+                        durable,
                         reply,
                     });
                     return Err(pause);
