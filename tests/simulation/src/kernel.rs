@@ -13,6 +13,8 @@ use dtloop_abi::{
     BackingBlocks, CaptureStream, Error, Extent, Operation, Result, Ring, SyncRequest, raw,
 };
 
+use dtloop_canary::Canary;
+
 use crate::history::{Digest, History};
 use crate::random::Random;
 
@@ -39,6 +41,15 @@ struct Device {
     recent: BTreeSet<u64>,
     suspect: BTreeSet<u64>,
     found: u32,
+}
+
+impl Device {
+    fn flush(&mut self) {
+        for sector in std::mem::take(&mut self.cached) {
+            let range = sector * SECTOR..(sector + 1) * SECTOR;
+            self.durable[range.clone()].copy_from_slice(&self.content[range]);
+        }
+    }
 }
 
 /// The intent file: it survives everything.
@@ -135,12 +146,7 @@ impl Model {
     }
 
     fn flush_disks(&mut self) {
-        for device in &mut self.devices {
-            for sector in std::mem::take(&mut device.cached) {
-                let range = sector * SECTOR..(sector + 1) * SECTOR;
-                device.durable[range.clone()].copy_from_slice(&device.content[range]);
-            }
-        }
+        self.devices.iter_mut().for_each(Device::flush);
     }
 
     fn intent_status(&self) -> raw::IntentStatus {
@@ -163,7 +169,7 @@ impl Model {
         let due = match &self.round {
             None => true,
             Some(round) if acked >= round.end && now >= round.began + ROUND => {
-                if !dtloop_canary::bites(dtloop_canary::Canary::MarksGoUnflushed) {
+                if !dtloop_canary::bites(Canary::MarksGoUnflushed) {
                     self.flush_disks();
                 }
                 let mut gone = false;
@@ -439,6 +445,32 @@ struct Opened {
     stream: FakeStream,
 }
 
+/// The disk behind a device.
+struct Disk {
+    disk: Box<dyn BackingBlocks>,
+    kernel: Kernel,
+    device: u32,
+}
+
+impl BackingBlocks for Disk {
+    fn read(&self, offset: u64, block: &mut [u8]) -> std::io::Result<()> {
+        crate::world::preempt_current();
+        self.disk.read(offset, block)
+    }
+
+    fn settle(&self) -> std::io::Result<()> {
+        if dtloop_canary::bites(Canary::OriginUnsettled) {
+            return Ok(());
+        }
+        let mut model = self.kernel.model();
+        let mut devices = model.devices.iter_mut();
+        if let Some(device) = devices.find(|device| device.id == self.device) {
+            device.flush();
+        }
+        Ok(())
+    }
+}
+
 fn gone(operation: Operation) -> Error {
     Error::Refused {
         operation,
@@ -460,7 +492,12 @@ impl Opened {
 
 impl CaptureStream for Opened {
     fn backing(&self, device: &raw::DeviceStatus) -> Option<Box<dyn BackingBlocks>> {
-        self.stream.backing(device)
+        let disk = self.stream.backing(device)?;
+        Some(Box::new(Disk {
+            disk,
+            kernel: self.kernel.clone(),
+            device: device.device_id,
+        }))
     }
 
     fn status(&self) -> Result<raw::StreamStatus> {

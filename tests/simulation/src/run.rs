@@ -45,8 +45,6 @@ struct Run {
     begun: bool,
     /// What the agent says to a request for it.
     answer: Option<Receiver<Result<u64, Failure>>>,
-    /// An operator has to begin again: he stopped a mirror, or somebody wrote past the module.
-    operator: bool,
     figures: Figures,
     /// Highest record that the agent gave back, by what the target or the queue had.
     released: ([u8; 16], u64),
@@ -105,7 +103,6 @@ impl Run {
             counter: 0,
             begun: false,
             answer: None,
-            operator: false,
             figures: Figures::default(),
             released: ([0; 16], 0),
         }
@@ -366,7 +363,10 @@ impl Run {
             _ => Ask::InPlace,
         };
         self.say(|| format!("operator: {ask:?}"));
-        self.operator |= matches!(ask, Ask::Stop);
+        // Whoever stops a mirror begins it again.
+        if matches!(ask, Ask::Stop) {
+            (self.begun, self.answer) = (false, None);
+        }
         let answer = self.source.ask(&self.world, ask);
         if matches!(ask, Ask::Start(JobKind::Full | JobKind::Difference)) {
             self.answer = answer;
@@ -397,7 +397,6 @@ impl Run {
 
     fn converge(&mut self) -> Result<(), String> {
         let limit = self.world.time() + PATIENCE;
-        let mut asked = false;
         loop {
             self.pass(Duration::from_millis(500));
             let snapshot = self.source.snapshot().ok_or("the agent is gone")?;
@@ -416,10 +415,6 @@ impl Run {
             let connected = matches!(snapshot.status.connection, Connection::Connected { .. });
             if stuck && connected && !self.begun && self.answer.is_none() {
                 self.begin();
-            }
-            if stuck && connected && self.operator && !asked {
-                self.say(|| "operator: begins again".to_owned());
-                asked = self.source.ask(&self.world, Ask::Start(JobKind::Difference)).is_some();
             }
         }
         for device in 0..self.sizes.len() {

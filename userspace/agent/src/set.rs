@@ -95,6 +95,9 @@ const PERSIST_EVERY: Duration = Duration::from_secs(1);
 /// Rates are averages of at least this time, in milliseconds.
 const RATES_EVERY_MS: u64 = 2000;
 
+/// How often a device is offered again whose volume the target could not use.
+const OFFER_EVERY: Duration = Duration::from_secs(10);
+
 /// Pause of a resync after the source could not read its device.
 const RESYNC_RETRY: Duration = Duration::from_secs(1);
 
@@ -198,6 +201,8 @@ pub struct Worker {
     job: Option<JobView>,
     resync: Resync,
     resync_after: Option<Instant>,
+    /// See [`OFFER_EVERY`].
+    offered_at: Option<Instant>,
     devices: Vec<raw::DeviceStatus>,
     reports: Vec<VolumeReport>,
     /// What the target said last about the time before.
@@ -316,6 +321,7 @@ impl Worker {
             job: None,
             resync: Resync::new(vec![]),
             resync_after: None,
+            offered_at: None,
             devices: vec![],
             reports: vec![],
             last_verify,

@@ -43,6 +43,12 @@ pub enum Canary {
     NewStreamTrusted,
     /// A mirror ends before its last record is durable on the target.
     MirrorEndsEarly,
+    /// What the source's disk has in its cache is remembered as what it holds.
+    OriginUnsettled,
+    /// The journal is replayed as it is in memory, where a killed program had put it.
+    ReplayedUnsynced,
+    /// The state file is relied on as it is in memory.
+    StateUnsynced,
     /// A target that could not finish taking up a stream goes on with the number of the one before.
     HalfTakenUp,
     /// What misses the stream behind a mirror under way is sent after the copy is declared whole.
@@ -51,7 +57,10 @@ pub enum Canary {
 
 impl Canary {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
+        Self::OriginUnsettled,
+        Self::ReplayedUnsynced,
+        Self::StateUnsynced,
         Self::HalfTakenUp,
         Self::AckedBeforeSync,
         Self::CheckpointBeforeSync,

@@ -129,7 +129,15 @@ impl Catalog {
         open: Option<Volume>,
     ) -> Result<Volume, Refusal> {
         let _gate = dtloop_runtime::lock(&self.gate);
-        let damaged = |error: StateFileError| Refusal::new(Code::STATE_DAMAGED, format!("{error}"));
+        let damaged = |error: StateFileError| match error {
+            StateFileError::Io { path, source } => {
+                let text = format!("Cannot use state file {}: {source}", path.display());
+                Refusal::new(Code::VOLUME_IO, text)
+            }
+            error @ StateFileError::Damaged { .. } => {
+                Refusal::new(Code::STATE_DAMAGED, error.to_string())
+            }
+        };
         let owner = self.owner(&offer.label).map_err(damaged)?;
         // A foreign volume is refused before it is even opened, so that its owner can.
         binding::admit(source_id, set, offer, owner.as_ref(), u64::MAX)?;

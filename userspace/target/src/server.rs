@@ -16,6 +16,7 @@ use dtloop_core::binding::Refusal;
 use dtloop_disk::{Disk, RealDisk};
 use dtloop_proto::{Code, Uuid};
 use dtloop_runtime::{JoinHandle, TcpListener, TcpStream};
+use dtloop_store::StateFileError;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::applier::OpenError;
@@ -116,6 +117,9 @@ impl Shared {
         let replica = opened.map_err(|error| {
             let code = match &error {
                 OpenError::Blocked(complaint) => complaint.code,
+                OpenError::Journal(_) | OpenError::State(StateFileError::Io { .. }) => {
+                    Code::JOURNAL_IO
+                }
                 _ => Code::STATE_DAMAGED,
             };
             let chain = format!("{:#}", anyhow::Error::from(error));

@@ -78,7 +78,11 @@ fn read_blocks(
             disk.read(offset, &mut block).ok()?;
             Some(Sample::of(offset, &block))
         };
-        let samples = offsets.into_iter().filter_map(&mut sample).collect();
+        // What is only in the disk's cache may be something else after a power cut, and then nobody would have restored or
+        // swapped anything.
+        let settled = disk.settle().is_ok();
+        let offsets = offsets.into_iter().filter(|_| settled);
+        let samples = offsets.filter_map(&mut sample).collect();
         let _ = dtloop_runtime::post(&answer, samples);
     };
     dtloop_runtime::spawn("blocks", read).is_ok().then_some(answered)

@@ -8,13 +8,13 @@ use std::sync::atomic::Ordering;
 use dtloop_abi::{CaptureStream, Extent, Hold, raw};
 use dtloop_api::Connection;
 use dtloop_core::resync;
-use dtloop_proto::message::{Notice, Refuse};
+use dtloop_proto::message::{Notice, Refuse, VolumeReport};
 use dtloop_proto::record::F_DEVICES;
 use dtloop_proto::{Code, Message, Op, RecordBody};
 
 use super::queueing::Source;
 use super::{
-    BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, PING_AFTER, PUBLISH_EVERY, Sent, Session,
+    BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, OFFER_EVERY, PING_AFTER, PUBLISH_EVERY, Sent, Session,
     WAKE_AHEAD, Worker,
 };
 use crate::link::{LinkError, SILENCE_MAX};
@@ -74,6 +74,7 @@ impl Worker {
                 .tick(|| stream.ring().desc(next).ok().map(|desc| desc.time_ns));
             self.tend_timetable(stream);
             self.tend_origins(stream);
+            self.offer_again(session)?;
             let waits = self.drive(stream, session)?;
             self.prove(session)?;
             self.restore_order(session.core.ack().applied_seq);
@@ -86,6 +87,33 @@ impl Worker {
             self.persist(false);
             self.ping(stream, session)?;
             self.sleep(stream, session, &mut quiet, waits)?;
+        }
+        Ok(())
+    }
+
+    /// A volume that the target could not use may be usable by now: its disk works again, or is no longer mounted there.
+    fn offer_again(&mut self, session: &mut Session) -> Result<(), End> {
+        let can_pass = |report: &&VolumeReport| {
+            let code = report.code;
+            code != Code::OK && (code.is_passing() || code == Code::VOLUME_BUSY)
+        };
+        let refused = self.reports.iter().filter(can_pass);
+        let refused: Vec<u32> = refused.map(|report| report.device).collect();
+        if refused.is_empty() {
+            self.offered_at = None;
+            return Ok(());
+        }
+        let offered_at = *self.offered_at.get_or_insert_with(dtloop_runtime::now);
+        if dtloop_runtime::elapsed(offered_at) < OFFER_EVERY {
+            return Ok(());
+        }
+        self.offered_at = Some(dtloop_runtime::now());
+        for offer in self.offers() {
+            if refused.contains(&offer.device) {
+                session
+                    .outbox
+                    .message(session.id, 0, &Message::Bind(offer))?;
+            }
         }
         Ok(())
     }
@@ -364,8 +392,11 @@ impl Worker {
                 Message::Proof(proof) => self.on_proof(&proof),
                 Message::Alarm(alarm) => self.on_target_alarm(&alarm),
                 Message::Volumes(volumes) => {
-                    self.reports = volumes.volumes;
-                    for report in self.reports.iter().filter(|report| report.code != Code::OK) {
+                    let known = std::mem::replace(&mut self.reports, volumes.volumes);
+                    let is_new = |report: &&VolumeReport| {
+                        report.code != Code::OK && !known.iter().any(|other| other.text == report.text)
+                    };
+                    for report in self.reports.iter().filter(is_new) {
                         tracing::error!(
                             "Set \"{}\", target {}: {}.",
                             self.config.name,

@@ -255,6 +255,8 @@ pub struct Applier {
     told_staging: Duration,
     /// A stream that was taken up without its source being told, and what it will be told of the time before.
     taken_up: Option<(Uuid, Past)>,
+    /// What is replayed is durable.
+    hardened: bool,
 }
 
 impl Applier {
@@ -276,7 +278,16 @@ impl Applier {
             checkpoint: Position::default(),
             overlays: BTreeMap::new(),
         };
-        let saved: Saved = state_file::load_on(&*disk, &dir.join("state"))?.unwrap_or_else(fresh);
+        let path = dir.join("state");
+        let found: Option<Saved> = state_file::load_on(&*disk, &path)?;
+        if let Some(saved) = &found {
+            // It may be in memory only, where a program that was killed had just put it: after a power cut there would be
+            // the one before it, and what is done on its word, be it that an overlay is removed, would stay.
+            if !dtloop_canary::bites(Canary::StateUnsynced) {
+                state_file::store_on(&*disk, &path, saved)?;
+            }
+        }
+        let saved = found.unwrap_or_else(fresh);
         let staging = &settings.staging;
         let area = staging.dir.as_ref().map_or_else(
             || dir.join("staging"),
@@ -308,6 +319,7 @@ impl Applier {
             replaying: false,
             told_staging: Duration::ZERO,
             taken_up: None,
+            hardened: false,
         };
         applier.open_overlays()?;
         Ok(applier)
@@ -493,12 +505,17 @@ impl Applier {
                 self.volumes.insert(offer.device, volume);
             }
             Err(refusal) => {
-                tracing::error!("Device {} of set \"{set}\": {refusal}.", offer.device);
                 let label = if offer.label.is_empty() {
                     format!("device-{}", offer.device)
                 } else {
                     offer.label.clone()
                 };
+                let known = self.state.volumes.get(&label);
+                let known = known.and_then(|volume| volume.refused.as_ref());
+                // It is offered again and again while what can pass lasts.
+                if known.is_none_or(|(_, text)| *text != refusal.text) {
+                    tracing::error!("Device {} of set \"{set}\": {refusal}.", offer.device);
+                }
                 self.state
                     .bind(&label, offer.device, offer.sectors, Some(&refusal));
             }
