@@ -77,10 +77,10 @@ impl Run {
     fn new(seed: u64, traces: bool, world: std::rc::Rc<World>) -> Self {
         let mut random = Random::new(seed ^ 0x5eed);
         let sizes: Vec<u64> = match random.below(4) {
-            0 => vec![576, 128],
+            0 => vec![300, 64],
             1 => vec![136],
-            2 => vec![300],
-            _ => vec![576],
+            2 => vec![40, 40],
+            _ => vec![300],
         };
         let descs = if random.one_in(2) { 16 } else { 64 };
         let tracks = !random.one_in(4);
@@ -118,7 +118,7 @@ impl Run {
         if !self.random.one_in(6) {
             self.begin();
         }
-        let steps = 8 + self.random.below(30);
+        let steps = 4 + self.random.below(24);
         for _ in 0..steps {
             self.step()?;
         }

@@ -27,7 +27,7 @@ pub const BUFFER_BYTES: usize = 2 << 20;
 const _: () = assert!(BUFFER_BYTES > FRAME_BYTES_MAX);
 
 /// Receive buffers of a set: one being filled, the others on their way to the volumes.
-const BUFFERS: usize = 6;
+const BUFFERS: usize = if cfg!(feature = "simulation") { 3 } else { 6 };
 
 /// What a session needs for itself alone.
 pub struct Writer {

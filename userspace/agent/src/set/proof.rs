@@ -95,7 +95,7 @@ impl ChainKeeper {
         self.complained = result.is_err();
     }
 
-    fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.chain = SourceChain::default();
         self.asked = None;
         if let Some(file) = &self.file {
@@ -169,6 +169,10 @@ impl Worker {
             self.chain
                 .chain
                 .begin(Chain::begin(self.memory.stream_uuid, durable));
+        }
+        if told == Chain::begin(self.memory.stream_uuid, durable) {
+            // It has just begun there, and this is not the first connection since: whoever made that did not live to keep it.
+            self.chain.chain.begin(told);
         }
         self.catch_up(stream, durable)?;
         self.chain.chain.resume(durable);
