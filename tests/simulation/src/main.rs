@@ -37,7 +37,7 @@ use run::Figures;
 const SEEDS: &str = include_str!("../seeds.txt");
 
 /// A seeded bug is found within this many seeds.
-const CANARY_SEEDS: u64 = 30_000;
+const CANARY_SEEDS: u64 = 15_000;
 
 fn known_seeds() -> Vec<u64> {
     let seeds = SEEDS.lines().filter_map(|line| line.split('#').next()?.trim().parse().ok());
@@ -131,9 +131,12 @@ fn run_all(from: u64, count: u64) -> bool {
     failures.is_empty()
 }
 
-fn run_canaries() -> bool {
+fn run_canaries(names: &[String]) -> bool {
     let mut good = true;
     for canary in Canary::ALL {
+        if !names.is_empty() && !names.contains(&format!("{canary:?}")) {
+            continue;
+        }
         let began = Instant::now();
         let tally = many(1..=CANARY_SEEDS, Some(canary), true);
         let ran = tally.schedules.load(Ordering::Relaxed);
@@ -178,7 +181,7 @@ fn main() -> ExitCode {
         }
         Some("canaries") => {
             std::panic::set_hook(Box::new(|_| {}));
-            run_canaries()
+            run_canaries(&arguments[1..])
         }
         _ => {
             eprintln!("usage: dtsim run [FROM] [COUNT] | one SEED [CANARY] | canaries");

@@ -118,7 +118,10 @@ impl Run {
         if !self.random.one_in(6) {
             self.begin();
         }
-        let steps = 4 + self.random.below(24);
+        let steps = match self.random.below(4) {
+            0 => 8 + self.random.below(20),
+            _ => 2 + self.random.below(8),
+        };
         for _ in 0..steps {
             self.step()?;
         }
@@ -224,8 +227,9 @@ impl Run {
             }
             64..68 => self.kill_agent(),
             68..71 => self.power_cut_source()?,
-            71..75 => self.kill_target(false)?,
-            75..79 => self.kill_target(true)?,
+            71..74 => self.kill_target(false)?,
+            74..77 => self.kill_target(true)?,
+            77..79 => self.crash_twice()?,
             79..86 => self.network(),
             86..90 => self.inspect(true)?,
             90..94 => self.disks(),
@@ -295,6 +299,29 @@ impl Run {
         // Before, so that what is wrong is seen on the disk as it was.
         self.inspect(power)?;
         self.target.end(&self.world, power);
+        Ok(())
+    }
+
+    /// One is killed, its successor just begins, and the power fails: what the first had not made durable is gone.
+    fn crash_twice(&mut self) -> Result<(), String> {
+        for _ in 0..1 + self.random.below(8) {
+            self.change();
+        }
+        let turns = self.random.below(60);
+        self.turns(turns);
+        if self.random.one_in(4) {
+            self.kill_agent();
+            self.source.start(&self.world);
+            let ms = self.random.below(100) * self.random.below(400);
+            self.pass(Duration::from_millis(ms));
+            return self.power_cut_source();
+        }
+        self.kill_target(false)?;
+        self.target.start(&self.world);
+        let turns = self.random.below(120);
+        self.turns(turns);
+        self.kill_target(true)?;
+        self.target.start(&self.world);
         Ok(())
     }
 

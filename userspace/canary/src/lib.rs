@@ -23,8 +23,8 @@ pub enum Canary {
     CheckpointBeforeSync,
     /// The journal is replayed into the volume while the set is staged.
     StagedReplayedInPlace,
-    /// The target takes a record that is already there for a new one.
-    DuplicatesApplied,
+    /// What is staged is published before it is whole.
+    PublishedTooSoon,
     /// The agent releases what it has sent.
     ReleasedWhenSent,
     /// The queue lets the ring go before what it wrote is durable.
@@ -65,7 +65,7 @@ impl Canary {
         Self::AckedBeforeSync,
         Self::CheckpointBeforeSync,
         Self::StagedReplayedInPlace,
-        Self::DuplicatesApplied,
+        Self::PublishedTooSoon,
         Self::ReleasedWhenSent,
         Self::QueuedBeforeSync,
         Self::GapsIgnored,

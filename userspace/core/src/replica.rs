@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use dtloop_canary::Canary;
 use dtloop_proto::message::{DeviceOffer, VolumeReport, VolumeSync};
 use dtloop_proto::{Code, Uuid};
 use serde::{Deserialize, Serialize};
@@ -154,7 +155,7 @@ impl SetMemory {
         self.suspended = None;
         self.proven = None;
         for device in self.devices.values_mut() {
-            device.mirrored = false;
+            device.mirrored &= dtloop_canary::bites(Canary::NewStreamTrusted);
             device.device = 0;
             device.decided = 0;
         }
@@ -186,7 +187,7 @@ impl SetMemory {
         let is_other = device.device != offer.device;
         if is_other {
             device.device = offer.device;
-            device.mirrored = false;
+            device.mirrored &= dtloop_canary::bites(Canary::NewStreamTrusted);
             device.bypassed_sectors = 0;
         }
         device.sectors = offer.sectors;

@@ -12,6 +12,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use dtloop_canary::Canary;
 use dtloop_disk::Disk;
 use dtloop_journal::{AppendError, BatchInfo, Options, Position};
 use dtloop_proto::Uuid;
@@ -139,7 +140,9 @@ impl Journal {
                 Ok(place) => break place,
             }
         };
-        self.inner.sync()?;
+        if !dtloop_canary::bites(Canary::AckedBeforeSync) {
+            self.inner.sync()?;
+        }
         Ok(place)
     }
 }

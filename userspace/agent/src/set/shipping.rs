@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use dtloop_abi::{CaptureStream, Extent, Hold, raw};
 use dtloop_api::Connection;
+use dtloop_canary::Canary;
 use dtloop_core::resync;
 use dtloop_proto::message::{Notice, Refuse, VolumeReport};
 use dtloop_proto::record::F_DEVICES;
@@ -356,8 +357,13 @@ impl Worker {
         self.chain
             .keep(self.memory.stream_uuid, session.core.releasable() - 1);
         self.tell_acked(session);
-        if session.core.releasable() > ring.released() {
-            ring.release(session.core.releasable())?;
+        let releasable = if dtloop_canary::bites(Canary::ReleasedWhenSent) {
+            session.core.next_to_send()
+        } else {
+            session.core.releasable()
+        };
+        if releasable > ring.released() {
+            ring.release(releasable)?;
             if ring.space_wanted() {
                 stream.kick()?;
             }

@@ -254,7 +254,10 @@ impl Applier {
         let used = self.staged_bytes();
         let (name, space) = (volume.name(), &mut self.space);
         let overlay = self.overlays.get_mut(name);
-        let phase = self.state.phase_of(name);
+        let mut phase = self.state.phase_of(name);
+        if self.replaying && dtloop_canary::bites(Canary::StagedReplayedInPlace) {
+            phase = None;
+        }
         let write = || match *action {
             Action::Write { data, .. } => volume.write(offset, data),
             _ => volume.zero(offset, bytes),
