@@ -71,6 +71,7 @@ struct Model {
     uuid: [u8; 16],
     devices: Vec<Device>,
     file: IntentFile,
+    copy: Option<IntentFile>,
     found: u32,
     found_version: u64,
     round: Option<Round>,
@@ -282,6 +283,7 @@ impl Kernel {
                 ..IntentFile::default()
             },
             devices,
+            copy: None,
             found: 0,
             found_version: 0,
             round: None,
@@ -365,9 +367,19 @@ impl Kernel {
         }
     }
 
-    /// The power fails, and comes back: of what was not flushed, each sector survives or not.
-    pub fn power_cut(&self, random: &mut Random, descs: u32) {
+    /// A copy of the intent file is made.
+    pub fn copy_intent_file(&self) {
         let mut model = self.model();
+        model.copy = Some(model.file.clone());
+    }
+
+    /// The power fails, and comes back: of what was not flushed, each sector survives or not. `older`: the copy of the intent
+    /// file is put in its place, if there is one.
+    pub fn power_cut(&self, random: &mut Random, descs: u32, older: bool) {
+        let mut model = self.model();
+        if let Some(copy) = model.copy.clone().filter(|_| older) {
+            model.file = copy;
+        }
         for device in &mut model.devices {
             for sector in std::mem::take(&mut device.cached) {
                 let range = sector * SECTOR..(sector + 1) * SECTOR;
@@ -445,32 +457,6 @@ struct Opened {
     stream: FakeStream,
 }
 
-/// The disk behind a device.
-struct Disk {
-    disk: Box<dyn BackingBlocks>,
-    kernel: Kernel,
-    device: u32,
-}
-
-impl BackingBlocks for Disk {
-    fn read(&self, offset: u64, block: &mut [u8]) -> std::io::Result<()> {
-        crate::world::preempt_current();
-        self.disk.read(offset, block)
-    }
-
-    fn settle(&self) -> std::io::Result<()> {
-        if dtloop_canary::bites(Canary::OriginUnsettled) {
-            return Ok(());
-        }
-        let mut model = self.kernel.model();
-        let mut devices = model.devices.iter_mut();
-        if let Some(device) = devices.find(|device| device.id == self.device) {
-            device.flush();
-        }
-        Ok(())
-    }
-}
-
 fn gone(operation: Operation) -> Error {
     Error::Refused {
         operation,
@@ -492,12 +478,7 @@ impl Opened {
 
 impl CaptureStream for Opened {
     fn backing(&self, device: &raw::DeviceStatus) -> Option<Box<dyn BackingBlocks>> {
-        let disk = self.stream.backing(device)?;
-        Some(Box::new(Disk {
-            disk,
-            kernel: self.kernel.clone(),
-            device: device.device_id,
-        }))
+        self.stream.backing(device)
     }
 
     fn status(&self) -> Result<raw::StreamStatus> {

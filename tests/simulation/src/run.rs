@@ -11,6 +11,7 @@ use dtloop_abi::raw;
 use dtloop_agent::config::Compression;
 use dtloop_api::{Connection, DeviceState, Failure};
 use dtloop_core::mirror::JobKind;
+use dtloop_disk::SimDisk;
 use dtloop_target::config::ResyncPolicy;
 
 use crate::kernel::Kernel;
@@ -46,6 +47,13 @@ struct Run {
     /// What the agent says to a request for it.
     answer: Option<Receiver<Result<u64, Failure>>>,
     figures: Figures,
+    /// The copy was whole once, and nobody has given that up.
+    is_whole: bool,
+    keeps: bool,
+    /// What the target's disk was at some time.
+    backup: Option<SimDisk>,
+    /// The target was put back to that.
+    restored: bool,
     /// Highest record that the agent gave back, by what the target or the queue had.
     released: ([u8; 16], u64),
 }
@@ -104,6 +112,10 @@ impl Run {
             begun: false,
             answer: None,
             figures: Figures::default(),
+            is_whole: false,
+            keeps: resync == ResyncPolicy::Staged,
+            backup: None,
+            restored: false,
             released: ([0; 16], 0),
         }
     }
@@ -232,8 +244,9 @@ impl Run {
             77..79 => self.crash_twice()?,
             79..86 => self.network(),
             86..90 => self.inspect(true)?,
-            90..94 => self.disks(),
-            94..96 => self.operate(),
+            90..92 => self.disks(),
+            92..95 => self.back_up()?,
+            95 => self.operate(),
             96 => {
                 self.say(|| "changes that were under way end".to_owned());
                 self.source.kernel.finish_open(&mut self.random);
@@ -288,7 +301,8 @@ impl Run {
         self.figures.crashes += 1;
         self.note_released();
         self.source.lose_power(&self.world);
-        self.source.kernel.power_cut(&mut self.random, self.descs);
+        let older = self.random.one_in(6);
+        self.source.kernel.power_cut(&mut self.random, self.descs, older);
         Ok(())
     }
 
@@ -299,6 +313,22 @@ impl Run {
         // Before, so that what is wrong is seen on the disk as it was.
         self.inspect(power)?;
         self.target.end(&self.world, power);
+        Ok(())
+    }
+
+    /// A copy of the target's disk or of the intent file is made, or put back: what was acknowledged since is gone.
+    fn back_up(&mut self) -> Result<(), String> {
+        if let Some(backup) = self.backup.take() {
+            self.say(|| "target: is put back to its backup".to_owned());
+            self.target.end(&self.world, false);
+            self.target.disk = backup;
+            (self.restored, self.is_whole) = (true, false);
+            self.target.start(&self.world);
+        } else {
+            self.say(|| "target and intent file: a backup is made".to_owned());
+            self.source.kernel.copy_intent_file();
+            self.backup = Some(self.target.disk.fork(self.random.draw()));
+        }
         Ok(())
     }
 
@@ -329,8 +359,12 @@ impl Run {
         self.figures.inspections += 1;
         let found = self.target.inspect(&self.source.kernel, &mut self.random, power)?;
         self.say(|| format!("target: would be at record {} after a crash", found.applied));
+        if self.is_whole && self.keeps && !found.is_whole && !found.is_refused {
+            return Err(format!("the last consistent state is gone, at record {}", found.applied));
+        }
+        self.is_whole |= found.is_whole && found.applied > 0;
         let (stream, released) = self.released;
-        if !self.source.has_queue() && found.stream == stream && found.applied + 1 < released {
+        if !self.restored && !self.source.has_queue() && found.stream == stream && found.applied + 1 < released {
             return Err(format!(
                 "records below {released} were given back, and the target has only those up to {}",
                 found.applied
@@ -391,6 +425,7 @@ impl Run {
         };
         self.say(|| format!("operator: {ask:?}"));
         // Whoever stops a mirror begins it again.
+        self.keeps &= !matches!(ask, Ask::InPlace);
         if matches!(ask, Ask::Stop) {
             (self.begun, self.answer) = (false, None);
         }

@@ -171,11 +171,20 @@ impl Target {
         let mut applier = loaded.map_err(|error| format!("the set cannot be loaded: {error:?}"))?;
         finish(|| applier.replay()).map_err(|pause| format!("the journal cannot be replayed: {pause}"))?;
         check_staged(&disk, kernel, applier.state(), "after the replay")?;
-        let found = Found {
-            stream: applier.state().stream_uuid.0,
-            applied: applier.state().applied_seq,
-        };
         let state = applier.state().clone();
+        let keeps = |label: &String| {
+            let stage = state.stage.as_ref();
+            let staged = stage.is_some_and(|stage| stage.labels.contains(label));
+            let wanted = state.wanted.as_ref();
+            staged || wanted.is_some_and(|wanted| wanted.labels.contains(label))
+        };
+        let mut labels = state.volumes.keys();
+        let found = Found {
+            stream: state.stream_uuid.0,
+            applied: state.applied_seq,
+            is_whole: labels.all(|label| state.is_whole(label) || keeps(label)),
+            is_refused: state.volumes.values().any(|volume| volume.refused.is_some()),
+        };
         if state.stage.as_ref().is_some_and(|stage| stage.phase == Phase::Staged) {
             return Ok(found);
         }
@@ -204,6 +213,10 @@ impl Target {
 pub struct Found {
     pub stream: [u8; 16],
     pub applied: u64,
+    /// Each volume is, or keeps, what its device was at one moment.
+    pub is_whole: bool,
+    /// A volume is not used at present.
+    pub is_refused: bool,
 }
 
 fn read_volume(disk: &SimDisk, label: &str) -> Option<Vec<u8>> {

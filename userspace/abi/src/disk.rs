@@ -21,13 +21,6 @@ pub trait BackingBlocks: Send {
     ///
     /// Those of the disk.
     fn read(&self, offset: u64, block: &mut [u8]) -> io::Result<()>;
-
-    /// Makes durable what was written before, so that what is read next survives a power cut.
-    ///
-    /// # Errors
-    ///
-    /// Those of the disk.
-    fn settle(&self) -> io::Result<()>;
 }
 
 /// The blocks of a disk.
@@ -63,9 +56,5 @@ impl BackingBlocks for DirectDisk {
         self.file.read_exact_at(aligned, self.base + offset)?;
         block.copy_from_slice(aligned);
         Ok(())
-    }
-
-    fn settle(&self) -> io::Result<()> {
-        self.file.sync_data()
     }
 }

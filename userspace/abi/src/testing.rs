@@ -564,10 +564,6 @@ impl BackingBlocks for FakeDisk {
         block.copy_from_slice(found.ok_or(io::ErrorKind::NotFound)?);
         Ok(())
     }
-
-    fn settle(&self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 impl CaptureStream for FakeStream {

@@ -596,6 +596,8 @@ impl Worker {
                 "Set \"{}\": stream {uuid} is new; devices that were mirrored before are compared again.",
                 self.config.name
             );
+        } else {
+            self.forget_origins();
         }
         self.chain.load(uuid);
         self.refresh_devices(stream)?;
@@ -721,6 +723,7 @@ impl Worker {
         self.in_place = false;
         let broken = match resumed {
             Resumed::Continues => None,
+            Resumed::NewStream if dtloop_canary::bites(Canary::NewStreamTrusted) => None,
             Resumed::NewStream if welcome.known_stream.is_none() => {
                 Some("the target knows nothing of the set".to_owned())
             }

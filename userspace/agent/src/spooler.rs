@@ -21,7 +21,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dtloop_abi::{CaptureStream, Hold, raw};
-use dtloop_canary::Canary;
 use dtloop_core::ladder::{Ladder, Moment, QueueHealth, Seen, Step};
 use dtloop_core::spool::{Batch, Spool};
 use dtloop_journal::{BatchInfo, Position};
@@ -383,8 +382,7 @@ impl Spooler {
         let Some(queue) = &mut self.queue else {
             return false;
         };
-        let is_synced = dtloop_canary::bites(Canary::QueuedBeforeSync);
-        if let Err(health) = if is_synced { Ok(()) } else { queue.sync() } {
+        if let Err(health) = queue.sync() {
             self.shared.lock().spool.on_failed();
             self.on_health(health);
             return false;

@@ -27,8 +27,6 @@ pub enum Canary {
     PublishedTooSoon,
     /// The agent releases what it has sent.
     ReleasedWhenSent,
-    /// The queue lets the ring go before what it wrote is durable.
-    QueuedBeforeSync,
     /// A gap in the stream does not lose the order.
     GapsIgnored,
     /// The order is declared whole again while blocks are dirty.
@@ -41,10 +39,6 @@ pub enum Canary {
     MarksGoUnflushed,
     /// A new stream leaves what was mirrored before as mirrored.
     NewStreamTrusted,
-    /// A mirror ends before its last record is durable on the target.
-    MirrorEndsEarly,
-    /// What the source's disk has in its cache is remembered as what it holds.
-    OriginUnsettled,
     /// The journal is replayed as it is in memory, where a killed program had put it.
     ReplayedUnsynced,
     /// The state file is relied on as it is in memory.
@@ -57,8 +51,7 @@ pub enum Canary {
 
 impl Canary {
     /// All of them.
-    pub const ALL: [Self; 18] = [
-        Self::OriginUnsettled,
+    pub const ALL: [Self; 15] = [
         Self::ReplayedUnsynced,
         Self::StateUnsynced,
         Self::HalfTakenUp,
@@ -67,14 +60,12 @@ impl Canary {
         Self::StagedReplayedInPlace,
         Self::PublishedTooSoon,
         Self::ReleasedWhenSent,
-        Self::QueuedBeforeSync,
         Self::GapsIgnored,
         Self::RestoredTooSoon,
         Self::MarksTrusted,
         Self::SettledTooSoon,
         Self::MarksGoUnflushed,
         Self::NewStreamTrusted,
-        Self::MirrorEndsEarly,
         Self::MirrorLeftOutOfResync,
     ];
 }

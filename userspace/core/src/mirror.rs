@@ -23,7 +23,6 @@
 
 use std::collections::VecDeque;
 
-use dtloop_canary::Canary;
 use serde::{Deserialize, Serialize};
 
 /// Unit of mirror and verify: small enough to repair little, large enough for a disk.
@@ -608,7 +607,7 @@ impl Planner {
             else {
                 continue;
             };
-            if seq > durable && !dtloop_canary::bites(Canary::MirrorEndsEarly) {
+            if seq > durable {
                 continue;
             }
             chunk.stage = Stage::Settled;

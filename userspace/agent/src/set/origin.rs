@@ -78,11 +78,7 @@ fn read_blocks(
             disk.read(offset, &mut block).ok()?;
             Some(Sample::of(offset, &block))
         };
-        // What is only in the disk's cache may be something else after a power cut, and then nobody would have restored or
-        // swapped anything.
-        let settled = disk.settle().is_ok();
-        let offsets = offsets.into_iter().filter(|_| settled);
-        let samples = offsets.filter_map(&mut sample).collect();
+        let samples = offsets.into_iter().filter_map(&mut sample).collect();
         let _ = dtloop_runtime::post(&answer, samples);
     };
     dtloop_runtime::spawn("blocks", read).is_ok().then_some(answered)
@@ -129,6 +125,14 @@ impl Worker {
             }
         } else if let Some((start, end)) = changed(body) {
             self.forget_range(body.device, start, end);
+        }
+    }
+
+    /// The agent before may have sent records, and let them go, whose changes it did not forget durably.
+    pub(super) fn forget_origins(&mut self) {
+        let known: Vec<u32> = self.memory.devices.values().map(|item| item.device).collect();
+        for device in known {
+            self.forget_range(device, 0, u64::MAX);
         }
     }
 
@@ -269,6 +273,13 @@ impl Worker {
         let Some(found) = found else {
             return Ok(vec![]);
         };
+        // Without marks that were kept without a gap, nobody can tell a crash, which takes back what was in the disk's cache,
+        // from a disk that was restored.
+        if Found::from_raw(device.intent_found) != Found::Known
+            || !stream.intent_status()?.has(raw::INTENT_ON)
+        {
+            return Ok(found);
+        }
         let mut unexplained = vec![];
         for offset in origin.changed(&found) {
             if !is_explained(stream, device, offset)? {
