@@ -374,10 +374,12 @@ impl Kernel {
     }
 
     /// The power fails, and comes back: of what was not flushed, each sector survives or not. `older`: the copy of the intent
-    /// file is put in its place, if there is one.
-    pub fn power_cut(&self, random: &mut Random, descs: u32, older: bool) {
+    /// file is put in its place, if there is one. True: it was.
+    pub fn power_cut(&self, random: &mut Random, descs: u32, older: bool) -> bool {
         let mut model = self.model();
-        if let Some(copy) = model.copy.clone().filter(|_| older) {
+        let copy = model.copy.clone().filter(|_| older);
+        let is_older = copy.is_some();
+        if let Some(copy) = copy {
             model.file = copy;
         }
         for device in &mut model.devices {
@@ -390,6 +392,7 @@ impl Kernel {
             device.content.clone_from(&device.durable);
         }
         model.begin(random, descs);
+        is_older
     }
 
     /// The module is unloaded and loaded anew; the disks keep what they have.

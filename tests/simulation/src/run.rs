@@ -302,7 +302,10 @@ impl Run {
         self.note_released();
         self.source.lose_power(&self.world);
         let older = self.random.one_in(6);
-        self.source.kernel.power_cut(&mut self.random, self.descs, older);
+        if self.source.kernel.power_cut(&mut self.random, self.descs, older) {
+            // It cannot tell what the power cut took back from what a restored disk lacks: an operator has to.
+            self.begun = false;
+        }
         Ok(())
     }
 
