@@ -445,6 +445,7 @@ impl Run {
             cut: false,
             latency: (Duration::from_micros(100), Duration::from_millis(2)),
         });
+        self.world.end_silent_connections();
         self.source.kernel.finish_open(&mut self.random);
         for disk in [&self.source.disk, &self.source.queue_disk, &self.target.disk] {
             disk.heal();

@@ -379,6 +379,22 @@ impl World {
         inner.happened += 1;
     }
 
+    /// Whoever waits for what never comes learns that its connection has ended.
+    pub fn end_silent_connections(&self) {
+        let mut inner = self.inner.borrow_mut();
+        let inner = &mut *inner;
+        for connection in &mut inner.connections {
+            if connection.pipes.iter().any(|pipe| pipe.dead) {
+                for pipe in &mut connection.pipes {
+                    pipe.pieces.clear();
+                    pipe.dead = false;
+                    pipe.ended = Some(inner.now);
+                }
+            }
+        }
+        inner.happened += 1;
+    }
+
     fn draw_latency(inner: &mut Inner) -> Duration {
         let (least, most) = inner.weather.latency;
         let span = (most - least).as_micros() as u64 + 1;
@@ -543,6 +559,7 @@ impl dtloop_runtime::World for World {
 
     fn shutdown(&self, end: u64, _: Shutdown) {
         let (at, side) = parts(end);
+        self.trace(|| format!("    end {side} of connection {at} is shut down"));
         let mut inner = self.inner.borrow_mut();
         let inner = &mut *inner;
         let Some(connection) = inner.connections.get_mut(at) else {
