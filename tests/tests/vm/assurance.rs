@@ -231,7 +231,7 @@ fn a_swapped_target_disk_is_not_written_to() -> Result<()> {
     rig.target().sh(format!(
         "modprobe loop; truncate -s 32M /srv/other; disk=$(losetup -f --show /srv/other)
          dmsetup create other -u OTHER-DISK --table \"0 65536 linear $disk 0\"
-         udevadm settle; ln -sfn /dev/mapper/other {IMAGE}"
+         dtguest settle; ln -sfn /dev/mapper/other {IMAGE}"
     ))?;
     rig.write(0, 4)?;
     rig.start_target()?;
@@ -264,7 +264,7 @@ fn a_cloned_source_is_told_so_on_both_sides() -> Result<()> {
     source.sh("echo 11112222333344445555666677778888 >/etc/machine-id")?;
     rig.begin("")?;
     let renew = || -> Result<()> {
-        source.sh("udevadm settle; dtloop detach 101; dtloop set default --remove --discard-records || true; rmmod dtloop")?;
+        source.sh("dtguest settle; dtloop detach 101; dtloop set default --remove --discard-records || true; rmmod dtloop")?;
         rig.attach("")
     };
     rig.stop_agent()?;
@@ -325,7 +325,7 @@ fn a_restored_source_disk_waits_for_an_operator() -> Result<()> {
     })?;
     rig.stop_agent()?;
     source.sh(format!(
-        "udevadm settle; dtloop detach 101; dtloop set default --remove --discard-records || true; rmmod dtloop
+        "dtguest settle; dtloop detach 101; dtloop set default --remove --discard-records || true; rmmod dtloop
          sha256sum <{IMAGE} >/root/copy
          dd if=/root/older of={disk} bs=1M oflag=direct conv=notrunc status=none"
     ))?;

@@ -100,7 +100,7 @@ fn a_module_loaded_anew_is_compared() -> Result<()> {
         if round == 0 {
             rig.wait()?;
         }
-        rig.source().sh("udevadm settle; dtloop detach 101")?;
+        rig.source().sh("dtguest settle; dtloop detach 101")?;
         if round == 1 {
             // Records that the target does not have are thrown away, knowingly.
             rig.kill_target()?;
