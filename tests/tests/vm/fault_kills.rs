@@ -5,7 +5,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use dtloop_tests::{Job, Vm, full_run, patience};
 
 use crate::fault_frame::{Resend, Story};
@@ -35,7 +35,9 @@ fn killed_every_100_ms(victims: &[&str]) -> Result<()> {
         .map(|name| murder(story.rig.source(), name, rounds))
         .collect::<Result<Vec<_>>>()?;
     for murder in murders {
-        murder.finish(patience(120))?;
+        // It ends early when there is nobody to kill: a daemon has ended by itself, and has said why.
+        let ended = murder.finish(patience(120));
+        ended.with_context(|| story.rig.logs().unwrap_or_default())?;
     }
     story.wait_writes(50)?;
     story.end_load(load)?;
