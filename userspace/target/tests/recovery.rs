@@ -133,6 +133,24 @@ fn a_clean_end_costs_nothing() {
     agent.stop();
 }
 
+/// What only the cache of the source's disk has is lost with its power, although the target has it.
+#[test]
+fn marks_go_only_of_what_the_source_has_durably() {
+    let lab = crashed();
+    lab.stream.set_intent(&intent(7, 1));
+    lab.stream.mark_regions(lab.device, &[]);
+    lab.stream.fail_flushes(true);
+    let mut agent = lab.start_agent(lab.start_target());
+    finish(&lab, &mut agent).unwrap();
+    lab.fill_some(3);
+    agent.wait_for(|status| status.applied_seq == status.next_seq);
+    assert_eq!(lab.stream.cleared(), 0);
+    // The model itself sees to it that no more is cleared than was flushed.
+    lab.stream.fail_flushes(false);
+    agent.wait_for(|status| lab.stream.cleared() == status.next_seq);
+    agent.stop();
+}
+
 #[test]
 fn writes_go_on_during_a_recovery() {
     let lab = crashed();
