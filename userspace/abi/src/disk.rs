@@ -22,12 +22,12 @@ pub trait BackingBlocks: Send {
     /// Those of the disk.
     fn read(&self, offset: u64, block: &mut [u8]) -> io::Result<()>;
 
-    /// Has the disk make durable what it has taken, if it has a volatile cache.
+    /// Makes durable what was written before: has the disk empty its volatile cache.
     ///
     /// # Errors
     ///
     /// Those of the disk.
-    fn flush(&self) -> io::Result<()>;
+    fn settle(&self) -> io::Result<()>;
 }
 
 /// The blocks of a disk.
@@ -65,7 +65,7 @@ impl BackingBlocks for DirectDisk {
         Ok(())
     }
 
-    fn flush(&self) -> io::Result<()> {
+    fn settle(&self) -> io::Result<()> {
         // Of a block device, and also of one that is open for reading only, this flushes the disk's own cache.
         self.file.sync_data()
     }

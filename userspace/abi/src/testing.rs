@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use memmap2::MmapOptions;
 use nix::errno::Errno;
@@ -538,8 +538,7 @@ pub fn desc_bytes(desc: &raw::Desc) -> [u8; raw::DESC_BYTES] {
 }
 
 fn now_ns() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    u64::try_from(since.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX)
+    u64::try_from(dtloop_runtime::unix_time().as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn apply(model: &mut Model, change: &Change<'_>) {
@@ -582,7 +581,7 @@ impl BackingBlocks for FakeDisk {
         Ok(())
     }
 
-    fn flush(&self) -> io::Result<()> {
+    fn settle(&self) -> io::Result<()> {
         let mut model = self.0.model();
         if model.fails_flushes {
             return Err(io::Error::other("the model fails flushes"));

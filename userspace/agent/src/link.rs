@@ -5,15 +5,15 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::{Shutdown, SocketAddr, ToSocketAddrs};
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use dtloop_runtime::TcpStream;
 use dtloop_proto::{Decoded, FrameError, Header, Message, decode};
 use dtloop_trust::tls::{self, Expect, REPLICATE};
 use dtloop_trust::vault::VaultError;
 use dtloop_trust::{Pin, Tunnel, TunnelError, Vault};
-use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::config::{TransportKind, is_loopback};
 
@@ -169,7 +169,7 @@ impl Link {
         let stream = Self::dial(target, tunnel.is_none())?;
         stream.set_nodelay(true)?;
         stream.set_nonblocking(true)?;
-        dtloop_abi::limit_unsent(stream.as_fd(), UNSENT_BYTES_MAX).map_err(io::Error::from)?;
+        limit_unsent(&stream)?;
         let mut link = Self {
             stream,
             target: target.to_owned(),
@@ -178,7 +178,7 @@ impl Link {
             inbox: vec![],
             read: 0,
             stash: VecDeque::new(),
-            heard: Instant::now(),
+            heard: dtloop_runtime::now(),
             blocked: Duration::ZERO,
         };
         link.shake(watcher)?;
@@ -221,7 +221,7 @@ impl Link {
 
     /// Waits until both sides have shown their keys.
     fn shake(&mut self, watcher: &mut dyn Watcher) -> Result<(), LinkError> {
-        let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+        let deadline = dtloop_runtime::now() + HANDSHAKE_TIMEOUT;
         loop {
             // The last of it is ours to say.
             let write = match self.write_some(&mut [].as_mut_slice()) {
@@ -233,7 +233,7 @@ impl Link {
             if !handshaking && !write {
                 return Ok(());
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(dtloop_runtime::now());
             if left.is_zero() {
                 return Err(LinkError::Silent);
             }
@@ -262,17 +262,8 @@ impl Link {
         others: &[BorrowedFd<'_>],
         timeout: Duration,
     ) -> io::Result<()> {
-        let mut events = PollFlags::POLLIN;
         let unsent = self.tunnel.as_ref().is_some_and(Tunnel::wants_write);
-        events.set(PollFlags::POLLOUT, write || unsent);
-        let mut fds = Vec::with_capacity(others.len() + 1);
-        fds.push(PollFd::new(self.stream.as_fd(), events));
-        fds.extend(others.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)));
-        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
-        match nix::poll::poll(&mut fds, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
+        dtloop_runtime::wait_socket(&self.stream, write || unsent, others, timeout)
     }
 
     /// Writes everything, reading what comes meanwhile.
@@ -300,27 +291,27 @@ impl Link {
         patience: Option<Duration>,
         watcher: &mut dyn Watcher,
     ) -> Result<(), LinkError> {
-        let begin = Instant::now();
+        let begin = dtloop_runtime::now();
         let mut moved = begin;
         loop {
             match self.write_some(pieces) {
                 Ok(true) => return Ok(()),
-                Ok(false) => moved = Instant::now(),
+                Ok(false) => moved = dtloop_runtime::now(),
                 Err(LinkError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let left = patience.map(|patience| patience.saturating_sub(begin.elapsed()));
+                    let left = patience.map(|patience| patience.saturating_sub(dtloop_runtime::elapsed(begin)));
                     if left.is_some_and(|left| left.is_zero()) {
                         return Ok(());
                     }
-                    if moved.elapsed() > SILENCE_MAX && self.heard.elapsed() > SILENCE_MAX {
+                    if dtloop_runtime::elapsed(moved) > SILENCE_MAX && dtloop_runtime::elapsed(self.heard) > SILENCE_MAX {
                         return Err(LinkError::Silent);
                     }
-                    let begin = Instant::now();
+                    let begin = dtloop_runtime::now();
                     self.wait(
                         true,
                         &[],
                         left.map_or(WATCH_EVERY, |left| left.min(WATCH_EVERY)),
                     )?;
-                    self.blocked += begin.elapsed();
+                    self.blocked += dtloop_runtime::elapsed(begin);
                     self.receive()?;
                     self.stash_messages(watcher)?;
                     go_on(watcher)?;
@@ -403,7 +394,7 @@ impl Link {
             match self.stream.read(&mut self.chunk) {
                 Ok(0) => return Err(self.ended()),
                 Ok(bytes) => {
-                    self.heard = Instant::now();
+                    self.heard = dtloop_runtime::now();
                     self.take_in(bytes)?;
                     if bytes < READ_BYTES {
                         return Ok(());
@@ -489,12 +480,12 @@ impl Link {
         timeout: Duration,
         watcher: &mut dyn Watcher,
     ) -> Result<(Header, Message), LinkError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = dtloop_runtime::now() + timeout;
         loop {
             if let Some(message) = self.next_message()? {
                 return Ok(message);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(dtloop_runtime::now());
             if left.is_zero() {
                 return Err(LinkError::Silent);
             }
@@ -506,6 +497,19 @@ impl Link {
             go_on(watcher)?;
         }
     }
+}
+
+#[cfg(not(feature = "simulation"))]
+fn limit_unsent(stream: &TcpStream) -> io::Result<()> {
+    use std::os::fd::AsFd;
+    Ok(dtloop_abi::limit_unsent(stream.as_fd(), UNSENT_BYTES_MAX)?)
+}
+
+/// The network of a simulation has its own bounds.
+#[cfg(feature = "simulation")]
+fn limit_unsent(_: &TcpStream) -> io::Result<()> {
+    let _ = UNSENT_BYTES_MAX;
+    Ok(())
 }
 
 fn go_on(watcher: &mut dyn Watcher) -> Result<(), LinkError> {

@@ -17,7 +17,7 @@
 //! The token is sent to the holder of the right key only. Wherever this is cut, the same code may be used again on the
 //! same machine until its time is over.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use dtloop_proto::message::{Pair, is_name};
 use dtloop_proto::{Message, frame};
@@ -109,9 +109,7 @@ pub fn pair(
         _ => return Err(failed(LinkError::Flood)),
     };
     let pin = link.peer().ok_or_else(|| failed(LinkError::Closed))?;
-    let paired_unix_s = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
+    let paired_unix_s = dtloop_runtime::unix_time().as_secs();
     vault.change_targets(|targets| {
         targets.insert(Target {
             address: target.to_owned(),

@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, Rates, Totals};
+use dtloop_canary::Canary;
 use dtloop_core::ladder::Ladder;
 use dtloop_core::mirror::{DeviceJob, JobKind, JobState, Planner};
 use dtloop_core::replica::{Need, SetMemory};
@@ -94,6 +95,9 @@ const PERSIST_EVERY: Duration = Duration::from_secs(1);
 
 /// Rates are averages of at least this time, in milliseconds.
 const RATES_EVERY_MS: u64 = 2000;
+
+/// How often a device is offered again whose volume the target could not use.
+const OFFER_EVERY: Duration = Duration::from_secs(10);
 
 /// Pause of a resync after the source could not read its device.
 const RESYNC_RETRY: Duration = Duration::from_secs(1);
@@ -198,6 +202,8 @@ pub struct Worker {
     job: Option<JobView>,
     resync: Resync,
     resync_after: Option<Instant>,
+    /// See [`OFFER_EVERY`].
+    offered_at: Option<Instant>,
     devices: Vec<raw::DeviceStatus>,
     reports: Vec<VolumeReport>,
     /// What the target said last about the time before.
@@ -232,8 +238,9 @@ pub struct Worker {
     measured: Measured,
     published: Instant,
     shaper: Shaper,
-    /// For the disk queue.
+    /// What the set keeps is there.
     disk: Arc<dyn Disk>,
+    queue_disk: Arc<dyn Disk>,
     queue: Option<QueueHandle>,
     /// Where records wait; the queue's thread has it while there is one.
     ladder: Ladder,
@@ -255,9 +262,32 @@ impl Worker {
         streams: Arc<dyn Streams>,
         shared: Arc<SetShared>,
     ) -> Result<Self, dtloop_store::StateFileError> {
+        Self::on(
+            Arc::new(RealDisk),
+            config,
+            state_dir,
+            source_id,
+            streams,
+            shared,
+        )
+    }
+
+    /// As [`Worker::new`], with everything that the set keeps on that disk.
+    ///
+    /// # Errors
+    ///
+    /// If its state file cannot be read.
+    pub fn on(
+        disk: Arc<dyn Disk>,
+        config: SetConfig,
+        state_dir: &std::path::Path,
+        source_id: Uuid,
+        streams: Arc<dyn Streams>,
+        shared: Arc<SetShared>,
+    ) -> Result<Self, dtloop_store::StateFileError> {
         let path = state_dir.join(format!("{}.set", config.name));
-        let memory: SetMemory = dtloop_store::load(&path)?.unwrap_or_default();
-        let last_verify = dtloop_store::load(&path.with_extension("verified"))?.unwrap_or_default();
+        let memory: SetMemory = dtloop_store::load_on(&*disk, &path)?.unwrap_or_default();
+        let last_verify = dtloop_store::load_on(&*disk, &path.with_extension("verified"))?.unwrap_or_default();
         let log_path = path.with_extension("verify.log");
         shared.set_verify_log(&log_path);
         let last_recovery = memory
@@ -266,12 +296,11 @@ impl Worker {
             .filter(|job| job.kind == JobKind::Recover && job.is_over())
             .flat_map(|job| job.devices.iter().map(|item| recovery(job, item)))
             .collect();
-        let now = Instant::now();
+        let now = dtloop_runtime::now();
         let reason = "dtagent has just started".to_owned();
         let start_at = config.queue.as_ref().map_or(100, |queue| queue.start_at);
         Ok(Self {
-            shaper: Shaper::new(&config, state_dir),
-            disk: Arc::new(RealDisk),
+            shaper: Shaper::new(&disk, &config, state_dir),
             queue: None,
             ladder: Ladder::new(start_at, spooler::now(now)),
             began: now,
@@ -282,9 +311,9 @@ impl Worker {
             source_id,
             vault: Arc::new(Vault::new(state_dir)),
             tried_with: None,
-            chain: proof::ChainKeeper::new(path.with_extension("chain")),
+            chain: proof::ChainKeeper::new(Arc::clone(&disk), path.with_extension("chain")),
             renew_chain: false,
-            verifier: verify::Verifier::new(log_path),
+            verifier: verify::Verifier::new(Arc::clone(&disk), log_path),
             origins: origin::Origins::new(now),
             path,
             persisted: memory.clone(),
@@ -294,6 +323,7 @@ impl Worker {
             job: None,
             resync: Resync::new(vec![]),
             resync_after: None,
+            offered_at: None,
             devices: vec![],
             reports: vec![],
             last_verify,
@@ -324,13 +354,15 @@ impl Worker {
                 applied: 0,
             },
             published: now,
+            queue_disk: Arc::clone(&disk),
+            disk,
         })
     }
 
-    /// Keeps the disk queue there instead of in this machine's file systems.
+    /// Keeps the disk queue there.
     #[must_use]
-    pub fn with_disk(mut self, disk: Arc<dyn Disk>) -> Self {
-        self.disk = disk;
+    pub fn with_queue_disk(mut self, disk: Arc<dyn Disk>) -> Self {
+        self.queue_disk = disk;
         self
     }
 
@@ -374,7 +406,7 @@ impl Worker {
 
     /// Waits without a session, answering requests; not longer than until a refusal may no longer be one. True: that is so.
     fn rest(&mut self, stream: Option<&dyn CaptureStream>, time: Duration) -> bool {
-        let until = Instant::now() + time;
+        let until = dtloop_runtime::now() + time;
         let refused = matches!(self.connection, Connection::Refused { .. });
         loop {
             self.take_commands(stream);
@@ -384,7 +416,7 @@ impl Worker {
                 return true;
             }
             self.publish(stream, None);
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.saturating_duration_since(dtloop_runtime::now());
             if left.is_zero() || self.shared.is_stopping() {
                 return false;
             }
@@ -414,14 +446,8 @@ impl Worker {
     }
 
     fn wait_for_wake(&self, timeout: Duration) {
-        let mut fds = [nix::poll::PollFd::new(
-            self.shared.wake.as_fd(),
-            nix::poll::PollFlags::POLLIN,
-        )];
-        let timeout =
-            nix::poll::PollTimeout::try_from(timeout).unwrap_or(nix::poll::PollTimeout::MAX);
-        // An interruption is as good as a time-out.
-        let _ = nix::poll::poll(&mut fds, timeout);
+        // Whatever ends the wait, what is to be done is looked for.
+        let _ = dtloop_runtime::wait_readable(&[self.shared.wake.as_fd()], timeout);
         let _ = self.shared.wake.read();
     }
 
@@ -434,10 +460,10 @@ impl Worker {
         // A mirror that has come to rest is not waited for: its place must be found again.
         let rests = |planner: &Planner| planner.state().paused && planner.in_flight() == 0;
         let now = now || self.planner.as_ref().is_some_and(rests);
-        if self.memory == self.persisted || (!now && self.persisted_at.elapsed() < PERSIST_EVERY) {
+        if self.memory == self.persisted || (!now && dtloop_runtime::elapsed(self.persisted_at) < PERSIST_EVERY) {
             return;
         }
-        match dtloop_store::store(&self.path, &self.memory) {
+        match dtloop_store::store_on(&*self.disk, &self.path, &self.memory) {
             Ok(()) => self.persisted = self.memory.clone(),
             Err(error) => tracing::error!(
                 "Set \"{}\": {:#}.",
@@ -445,7 +471,7 @@ impl Worker {
                 anyhow::Error::from(error)
             ),
         }
-        self.persisted_at = Instant::now();
+        self.persisted_at = dtloop_runtime::now();
     }
 
     fn offers(&self) -> Vec<DeviceOffer> {
@@ -473,13 +499,23 @@ impl Worker {
         Ok(())
     }
 
-    /// Only devices whose mirror is complete: another one is read as a whole anyway.
+    /// Only devices whose mirror is complete or under way: another one is read as a whole anyway. While a mirror is under
+    /// way, what misses the stream may be where it has been already: the order must not be declared whole without that, or
+    /// the copy would seem whole with the end of the mirror.
     fn set_resync_devices(&mut self) {
+        let mirrors = |id: u32| {
+            let planner = self.planner.as_ref();
+            let planner = planner.filter(|planner| planner.state().kind.is_mirror());
+            planner.is_some_and(|planner| {
+                let mut items = planner.state().devices.iter();
+                items.any(|item| item.device == id && item.begun)
+            }) && !dtloop_canary::bites(Canary::MirrorLeftOutOfResync)
+        };
         let mirrored = self
             .memory
             .devices
             .values()
-            .filter(|memory| memory.mirrored)
+            .filter(|memory| memory.mirrored || mirrors(memory.device))
             .map(|memory| memory.device);
         let present =
             mirrored.filter(|id| self.devices.iter().any(|device| device.device_id == *id));
@@ -499,11 +535,11 @@ impl Worker {
             let connected = self.connect(stream);
             let end = match connected {
                 Ok(session) => {
-                    let (before, begin) = (stream.ring().released(), Instant::now());
+                    let (before, begin) = (stream.ring().released(), dtloop_runtime::now());
                     let end = self.ship(stream, session);
                     // A target that welcomes and then takes nothing (its journal is full) is no better than none.
                     let went_on = stream.ring().released() > before;
-                    if went_on || begin.elapsed() > self.config.retry_max() {
+                    if went_on || dtloop_runtime::elapsed(begin) > self.config.retry_max() {
                         pause = RETRY_MIN;
                         said.clear();
                     }
@@ -636,7 +672,7 @@ impl Worker {
         };
         let (core, resumed) =
             SourceSession::begin(&welcome, self.memory.stream_uuid, first_seq, next_seq)?;
-        let now = Instant::now();
+        let now = dtloop_runtime::now();
         let id = welcome.session;
         let mut session = Session {
             id,

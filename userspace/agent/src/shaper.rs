@@ -12,11 +12,13 @@ mod throttle;
 
 use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dtloop_abi::Hold;
 use dtloop_api::{BandwidthChange, Failure, Shaping};
 use dtloop_core::pace::Pace;
+use dtloop_disk::Disk;
 use dtloop_proto::message::HandshakeOption;
 
 use crate::config::SetConfig;
@@ -40,7 +42,6 @@ pub struct Flight {
 }
 
 /// See the module documentation.
-#[derive(Debug)]
 pub struct Shaper {
     origin: Instant,
     throttle: Throttle,
@@ -63,12 +64,12 @@ fn age(made_ns: u64) -> Duration {
 impl Shaper {
     /// For a set; a limit that an operator wanted to be kept is in `state_dir`.
     #[must_use]
-    pub fn new(config: &SetConfig, state_dir: &Path) -> Self {
+    pub fn new(disk: &Arc<dyn Disk>, config: &SetConfig, state_dir: &Path) -> Self {
         let now = Duration::ZERO;
         let path = state_dir.join(format!("{}.bandwidth", config.name));
         Self {
-            origin: Instant::now(),
-            throttle: Throttle::new(&config.name, config.bandwidth.0.clone(), path),
+            origin: dtloop_runtime::now(),
+            throttle: Throttle::new(Arc::clone(disk), &config.name, config.bandwidth.0.clone(), path),
             compressor: Compressor::new(config.compression),
             mirror: Pace::new(config.mirror_rate.0, now),
             resync: Pace::new(config.resync_rate.0, now),
@@ -81,7 +82,7 @@ impl Shaper {
     /// Time since the set began, by the monotonic clock.
     #[must_use]
     pub fn now(&self) -> Duration {
-        self.origin.elapsed()
+        dtloop_runtime::elapsed(self.origin)
     }
 
     /// A session begins: nothing is on its way, and its first ping is sent now.

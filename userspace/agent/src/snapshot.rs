@@ -2,7 +2,7 @@
 
 //! What a set looks like from outside, as its thread publishes it.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use dtloop_api::{
     ByteRange, Connection, DeviceProgress, DeviceState, DeviceStatus, Job, MirrorKind,
@@ -34,9 +34,7 @@ pub struct JobView {
 /// Milliseconds since 1970.
 #[must_use]
 pub fn unix_ms() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let since = dtloop_runtime::unix_time();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -51,7 +49,7 @@ impl JobView {
     #[must_use]
     pub fn new(state: JobState, from_seq: u64) -> Self {
         let done_before = state.progress().0;
-        let started = Instant::now();
+        let started = dtloop_runtime::now();
         Self {
             state,
             started,
@@ -64,7 +62,7 @@ impl JobView {
     }
 
     fn elapsed(&self) -> Duration {
-        self.finished.unwrap_or_else(|| self.started.elapsed())
+        self.finished.unwrap_or_else(|| dtloop_runtime::elapsed(self.started))
     }
 
     /// How far a device is.

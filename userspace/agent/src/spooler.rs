@@ -74,7 +74,7 @@ struct Inner {
 #[must_use]
 pub fn now(begin: Instant) -> Moment {
     Moment {
-        steady_ms: ms(begin.elapsed()),
+        steady_ms: ms(dtloop_runtime::elapsed(begin)),
         unix_ms: unix_ms(),
     }
 }
@@ -98,7 +98,7 @@ impl Shared {
             usage: Usage::default(),
             connected: false,
             found: false,
-            found_at: Instant::now(),
+            found_at: dtloop_runtime::now(),
             stop: false,
         };
         Self {
@@ -161,7 +161,7 @@ impl Spooler {
             queue: None,
             outbox: Outbox::default(),
             begin,
-            began: Instant::now(),
+            began: dtloop_runtime::now(),
             retry_at: None,
             said: QueueHealth::Usable,
             doubted: false,
@@ -178,15 +178,15 @@ impl Spooler {
                 return;
             }
             if !pause.is_zero() {
-                let waited = self.shared.changed.wait_timeout(inner, pause);
-                drop(waited.unwrap_or_else(PoisonError::into_inner));
+                let (changed, mutex) = (&self.shared.changed, &self.shared.inner);
+                drop(dtloop_runtime::wait_timeout(changed, mutex, inner, pause));
             }
         }
     }
 
     /// Looks once, and does what is to be done. Gives the time to the next look.
     fn turn(&mut self) -> Duration {
-        let due = self.retry_at.is_none_or(|at| Instant::now() >= at);
+        let due = self.retry_at.is_none_or(|at| dtloop_runtime::now() >= at);
         if self.queue.is_none() && due {
             self.find();
         }
@@ -244,9 +244,9 @@ impl Spooler {
     fn find(&mut self) {
         let released = self.stream.ring().released();
         let shared = Arc::clone(&self.shared);
-        let tolerant = self.began.elapsed() > FIND_PATIENCE;
+        let tolerant = dtloop_runtime::elapsed(self.began) > FIND_PATIENCE;
         let found = Queue::find(self.home.clone(), released, tolerant, || {
-            shared.lock().found_at = Instant::now();
+            shared.lock().found_at = dtloop_runtime::now();
         });
         match found {
             Ok((queue, spool)) => {
@@ -263,7 +263,7 @@ impl Spooler {
                 inner.spool = spool;
                 inner.found = true;
                 drop(inner);
-                self.shared.changed.notify_all();
+                dtloop_runtime::notify_all(&self.shared.changed);
                 // What is there is sent, wherever it lies.
                 let judged = self.judge();
                 self.on_health(judged.err().unwrap_or(QueueHealth::Usable));
@@ -294,7 +294,7 @@ impl Spooler {
     }
 
     fn on_health(&mut self, health: QueueHealth) {
-        self.retry_at = (health != QueueHealth::Usable).then(|| Instant::now() + RETRY);
+        self.retry_at = (health != QueueHealth::Usable).then(|| dtloop_runtime::now() + RETRY);
         self.shared.lock().health = health.clone();
         if health == self.said {
             return;
@@ -319,8 +319,8 @@ impl Spooler {
         let Some(queue) = &mut self.queue else { return };
         let oldest = self.shared.lock().spool.oldest().map(|batch| batch.place);
         let mut result = queue.free(oldest);
-        if result.is_ok() && self.measured.is_none_or(|at| at.elapsed() > MEASURE_EVERY) {
-            self.measured = Some(Instant::now());
+        if result.is_ok() && self.measured.is_none_or(|at| dtloop_runtime::elapsed(at) > MEASURE_EVERY) {
+            self.measured = Some(dtloop_runtime::now());
             result = queue.usage().map(|usage| self.shared.lock().usage = usage);
         }
         if let Err(health) = result {

@@ -48,6 +48,9 @@ pub struct DeviceMemory {
     /// The device id about which one has decided.
     #[serde(default)]
     pub decided: u32,
+    /// An operator wants a copy of it: a first mirror that was interrupted begins again by itself.
+    #[serde(default)]
+    pub wanted: bool,
 }
 
 /// Both sides had the same link of the hash chain.
@@ -179,6 +182,7 @@ impl SetMemory {
                 origin: Origin::default(),
                 doubt: None,
                 decided: 0,
+                wanted: false,
             });
         let is_other = device.device != offer.device;
         if is_other {
@@ -243,7 +247,15 @@ impl SetMemory {
     pub fn decide(&mut self, device: u32) {
         if let Some(memory) = self.device_mut(device) {
             (memory.doubt, memory.decided) = (None, device);
+            memory.wanted = true;
             memory.origin = Origin::default();
+        }
+    }
+
+    /// No copy of the device is wanted until an operator asks for one again.
+    pub fn want_no_more(&mut self, device: u32) {
+        if let Some(memory) = self.device_mut(device) {
+            memory.wanted = false;
         }
     }
 
@@ -394,16 +406,17 @@ impl SetMemory {
                     .to_owned(),
             };
             let doubt = memory.and_then(|memory| memory.doubt.clone());
-            let automatic = once && doubt.is_none();
+            let wanted = memory.is_some_and(|memory| memory.wanted);
+            let automatic = (once || wanted) && doubt.is_none();
             let reason = doubt.unwrap_or(reason);
             needs.push(Need {
                 device: offer.device,
                 label: offer.label.clone(),
                 sectors: offer.sectors,
-                reason: if once {
-                    reason
-                } else {
-                    "it was never mirrored".to_owned()
+                reason: match (once, wanted) {
+                    (true, _) => reason,
+                    (false, true) => "its first mirror was interrupted".to_owned(),
+                    (false, false) => "it was never mirrored".to_owned(),
                 },
                 automatic,
             });
@@ -450,6 +463,20 @@ mod tests {
     fn a_device_that_was_never_mirrored_waits_for_the_operator() {
         let needs = memory(false).needs(&[offer(1)], &[report(1, VolumeSync::Unmirrored)], None);
         assert!(!needs[0].automatic);
+    }
+
+    #[test]
+    fn a_first_mirror_that_was_interrupted_begins_again() {
+        let mut memory = memory(false);
+        memory.decide(1);
+        assert!(memory.enter_stream(Uuid([2; 16])));
+        memory.enter_device(&offer(1));
+        let needs = |memory: &SetMemory| {
+            memory.needs(&[offer(1)], &[report(1, VolumeSync::Unmirrored)], None)
+        };
+        assert!(needs(&memory)[0].automatic);
+        memory.want_no_more(1);
+        assert!(!needs(&memory)[0].automatic);
     }
 
     #[test]

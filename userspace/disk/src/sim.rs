@@ -22,44 +22,138 @@ const SECTOR: usize = 512;
 /// Size of a new disk in bytes.
 const BYTES: u64 = 1 << 40;
 
+/// What is held and copied together; a page that was never written is not there.
+const PAGE: usize = 4096;
+
+type Page = [u8; PAGE];
+type Sector = [u8; SECTOR];
+
+/// What is durable of a sector.
+#[derive(Clone)]
+struct Kept {
+    data: Sector,
+    /// The next sync is to write what is seen.
+    is_dirty: bool,
+}
+
 #[derive(Clone, Default)]
 struct Content {
-    seen: Vec<u8>,
-    durable: Vec<u8>,
-    /// Sectors in which both differ, perhaps.
-    dirty: BTreeSet<usize>,
+    /// What programs see. Pages are shared with other disks until one of them writes.
+    pages: Vec<Option<Arc<Page>>>,
+    bytes: usize,
+    /// What is durable of the sectors in which that is something else, perhaps.
+    durable: BTreeMap<usize, Kept>,
+    durable_bytes: usize,
 }
 
 impl Content {
-    fn resize(&mut self, bytes: usize) {
-        let from = self.seen.len().min(bytes);
-        self.seen.resize(bytes, 0);
-        self.mark(from, bytes.max(from) - from);
+    fn sector(&self, sector: usize) -> Sector {
+        let mut data = [0; SECTOR];
+        self.read(sector * SECTOR, &mut data);
+        data
     }
 
-    fn mark(&mut self, offset: usize, bytes: usize) {
-        if bytes > 0 {
-            self.dirty
-                .extend(offset / SECTOR..=(offset + bytes - 1) / SECTOR);
+    /// What is beyond the end is zero.
+    fn read(&self, mut at: usize, mut data: &mut [u8]) {
+        while !data.is_empty() {
+            let (page, from) = (at / PAGE, at % PAGE);
+            let bytes = data.len().min(PAGE - from);
+            let (piece, rest) = data.split_at_mut(bytes);
+            match self.pages.get(page) {
+                Some(Some(page)) => piece.copy_from_slice(&page[from..from + bytes]),
+                _ => piece.fill(0),
+            }
+            (at, data) = (at + bytes, rest);
         }
+    }
+
+    fn put(&mut self, mut at: usize, mut data: &[u8]) {
+        while !data.is_empty() {
+            let (page, from) = (at / PAGE, at % PAGE);
+            let bytes = data.len().min(PAGE - from);
+            if self.pages.len() <= page {
+                self.pages.resize(page + 1, None);
+            }
+            let page = self.pages[page].get_or_insert_with(|| Arc::new([0; PAGE]));
+            Arc::make_mut(page)[from..from + bytes].copy_from_slice(&data[..bytes]);
+            (at, data) = (at + bytes, &data[bytes..]);
+        }
+    }
+
+    /// The sectors of that range are about to change.
+    fn keep(&mut self, offset: usize, bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
+        for sector in offset / SECTOR..=(offset + bytes - 1) / SECTOR {
+            match self.durable.get_mut(&sector) {
+                Some(kept) => kept.is_dirty = true,
+                None => {
+                    let data = self.sector(sector);
+                    let is_dirty = true;
+                    self.durable.insert(sector, Kept { data, is_dirty });
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, offset: usize, data: &[u8]) {
+        self.keep(offset, data.len());
+        self.put(offset, data);
+        self.bytes = self.bytes.max(offset + data.len());
+    }
+
+    fn resize(&mut self, bytes: usize) {
+        if bytes < self.bytes {
+            self.keep(bytes, self.bytes - bytes);
+            let end = self.pages.len() * PAGE;
+            if bytes < end {
+                self.put(bytes, &vec![0; end - bytes]);
+            }
+        }
+        self.bytes = bytes;
     }
 
     fn sync(&mut self) {
-        self.durable.resize(self.seen.len(), 0);
-        for sector in std::mem::take(&mut self.dirty) {
-            self.settle(sector);
-        }
+        self.durable.retain(|_, kept| !kept.is_dirty);
+        self.durable_bytes = self.bytes;
     }
 
-    fn settle(&mut self, sector: usize) {
-        let from = sector * SECTOR;
-        let to = (from + SECTOR).min(self.seen.len());
-        if from < to {
-            if self.durable.len() < to {
-                self.durable.resize(to, 0);
+    /// The kernel takes what it could not write for clean: seen until it leaves memory, and never durable.
+    fn fail_sync(&mut self, mut survives: impl FnMut() -> bool) {
+        let (bytes, mut reached) = (self.bytes, self.durable_bytes);
+        self.durable.retain(|sector, kept| {
+            let written = kept.is_dirty && survives();
+            if written && sector * SECTOR < bytes {
+                reached = reached.max(((sector + 1) * SECTOR).min(bytes));
             }
-            self.durable[from..to].copy_from_slice(&self.seen[from..to]);
+            kept.is_dirty = false;
+            !written
+        });
+        self.durable_bytes = reached;
+    }
+
+    /// Each sector that is not durable becomes so, or what it was before comes back.
+    fn crash(&mut self, mut survives: impl FnMut() -> bool) {
+        let (bytes, before) = (self.bytes, self.durable_bytes);
+        let mut reached = before;
+        for (sector, kept) in std::mem::take(&mut self.durable) {
+            let is_cut_off = sector * SECTOR >= bytes;
+            if is_cut_off || !kept.is_dirty || !survives() {
+                self.put(sector * SECTOR, &kept.data);
+            } else {
+                reached = reached.max(((sector + 1) * SECTOR).min(bytes));
+            }
         }
+        // A length that was not made durable is one or the other.
+        if bytes != before && survives() {
+            reached = bytes;
+        }
+        let end = self.pages.len() * PAGE;
+        if reached < end {
+            self.put(reached, &vec![0; end - reached]);
+        }
+        (self.bytes, self.durable_bytes) = (reached, reached);
     }
 }
 
@@ -93,7 +187,7 @@ impl NameChange {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct State {
     files: Vec<Content>,
     seen: BTreeMap<PathBuf, usize>,
@@ -110,17 +204,21 @@ struct State {
     operations: u64,
 }
 
+/// xorshift64*, G. Marsaglia and S. Vigna.
+fn draw(random: &mut u64) -> u64 {
+    *random ^= *random >> 12;
+    *random ^= *random << 25;
+    *random ^= *random >> 27;
+    random.wrapping_mul(0x2545_f491_4f6c_dd1d)
+}
+
 impl State {
-    /// xorshift64*, G. Marsaglia and S. Vigna.
     fn draw(&mut self) -> u64 {
-        self.random ^= self.random >> 12;
-        self.random ^= self.random << 25;
-        self.random ^= self.random >> 27;
-        self.random.wrapping_mul(0x2545_f491_4f6c_dd1d)
+        draw(&mut self.random)
     }
 
     fn used(&self) -> u64 {
-        let bytes = |file: &usize| self.files[*file].seen.len() as u64;
+        let bytes = |file: &usize| self.files[*file].bytes as u64;
         self.seen.values().map(bytes).sum()
     }
 
@@ -174,28 +272,33 @@ impl SimDisk {
         }
     }
 
+    /// Another disk that holds the same, with faults from `seed`: to see what a crash would leave here.
+    #[must_use]
+    pub fn fork(&self, seed: u64) -> Self {
+        let state = State {
+            random: Self::new(seed).draw(),
+            fail_after: None,
+            capacity: BYTES,
+            ..lock(&self.state).clone()
+        };
+        Self {
+            state: Arc::new(Mutex::new(state)),
+        }
+    }
+
+    fn draw(&self) -> u64 {
+        lock(&self.state).draw() | 1
+    }
+
     /// The power fails: of what was not made durable, each sector and each change of a name survives or not. Open
     /// files are of no more use.
     pub fn crash(&self) {
         let mut state = lock(&self.state);
         state.life += 1;
         state.fail_after = None;
-        for file in 0..state.files.len() {
-            let dirty = std::mem::take(&mut state.files[file].dirty);
-            for sector in dirty {
-                if state.draw() % 2 == 0 {
-                    state.files[file].settle(sector);
-                }
-            }
-            // A length that was not made durable is one or the other.
-            let (seen, durable) = (
-                state.files[file].seen.len(),
-                state.files[file].durable.len(),
-            );
-            if seen < durable && state.draw() % 2 == 0 {
-                state.files[file].durable.truncate(seen);
-            }
-            state.files[file].seen = state.files[file].durable.clone();
+        let State { files, random, .. } = &mut *state;
+        for file in files {
+            file.crash(|| draw(random) % 2 == 0);
         }
         let survive = index(state.draw()).unwrap_or(0) % (state.changes.len() + 1);
         let changes = std::mem::take(&mut state.changes);
@@ -254,13 +357,13 @@ impl DiskFile for SimFile {
     fn read_at(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
         self.with(|state| {
             state.operation()?;
-            let content = &state.files[self.file].seen;
+            let content = &state.files[self.file];
             let from = index(offset)?;
-            let piece = content
-                .get(from..)
-                .and_then(|rest| rest.get(..data.len()))
-                .ok_or(io::ErrorKind::UnexpectedEof)?;
-            data.copy_from_slice(piece);
+            let end = from.checked_add(data.len());
+            if end.is_none_or(|end| end > content.bytes) {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            content.read(from, data);
             Ok(())
         })
     }
@@ -269,7 +372,7 @@ impl DiskFile for SimFile {
         self.with(|state| {
             let mut at = index(offset)?;
             let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
-            let grows = (at + bytes).saturating_sub(state.files[self.file].seen.len()) as u64;
+            let grows = (at + bytes).saturating_sub(state.files[self.file].bytes) as u64;
             let failed = if state.used() + grows > state.capacity {
                 Err(Errno::ENOSPC.into())
             } else {
@@ -284,11 +387,9 @@ impl DiskFile for SimFile {
             let content = &mut state.files[self.file];
             for piece in pieces.iter() {
                 let piece = &piece[..piece.len().min(left)];
-                if content.seen.len() < at + piece.len() {
-                    content.seen.resize(at + piece.len(), 0);
+                if !piece.is_empty() {
+                    content.write(at, piece);
                 }
-                content.seen[at..at + piece.len()].copy_from_slice(piece);
-                content.mark(at, piece.len());
                 at += piece.len();
                 left -= piece.len();
             }
@@ -299,13 +400,8 @@ impl DiskFile for SimFile {
     fn sync(&self) -> io::Result<()> {
         self.with(|state| {
             if let Err(error) = state.operation() {
-                // The kernel takes what it could not write for clean: seen until it leaves memory, and never durable.
-                let dirty = std::mem::take(&mut state.files[self.file].dirty);
-                for sector in dirty {
-                    if state.draw() % 2 == 0 {
-                        state.files[self.file].settle(sector);
-                    }
-                }
+                let State { files, random, .. } = state;
+                files[self.file].fail_sync(|| draw(random) % 2 == 0);
                 return Err(error);
             }
             state.files[self.file].sync();
@@ -314,13 +410,13 @@ impl DiskFile for SimFile {
     }
 
     fn bytes(&self) -> io::Result<u64> {
-        self.with(|state| Ok(state.files[self.file].seen.len() as u64))
+        self.with(|state| Ok(state.files[self.file].bytes as u64))
     }
 
     fn set_bytes(&self, bytes: u64) -> io::Result<()> {
         self.with(|state| {
             state.operation()?;
-            let grows = bytes.saturating_sub(state.files[self.file].seen.len() as u64);
+            let grows = bytes.saturating_sub(state.files[self.file].bytes as u64);
             if state.used() + grows > state.capacity {
                 return Err(Errno::ENOSPC.into());
             }

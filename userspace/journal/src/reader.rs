@@ -2,7 +2,7 @@
 
 //! Reading a journal.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -115,6 +115,37 @@ impl Reader {
         Ok(glimpse)
     }
 
+    /// Writes everything again that is to be read from here on, as it is, and makes it durable.
+    ///
+    /// What a program reads that was just started may be in memory only: the one before it was killed before it had made it
+    /// durable, or had failed to, after which the kernel takes for clean what the disk does not have. Nothing may be done that
+    /// relies on it before this: after a power cut it would be gone, and what was done would stay.
+    ///
+    /// # Errors
+    ///
+    /// Those of the file system.
+    pub fn harden(mut self) -> io::Result<()> {
+        let mut written: Option<(u64, Arc<dyn DiskFile>)> = None;
+        while let Some(batch) = self.next_batch()? {
+            let Some((file, segment)) = &self.file else {
+                break;
+            };
+            if written.as_ref().is_none_or(|(number, _)| *number != segment.number) {
+                if let Some((_, former)) = written.replace((segment.number, Arc::clone(file))) {
+                    former.sync()?;
+                }
+                write_again(&**file, 0, SEGMENT_HEADER_BYTES as u64)?;
+            }
+            let bytes = batch_bytes(u64::from(batch.header.bytes));
+            write_again(&**file, batch.end.offset - bytes, bytes)?;
+        }
+        if let Some((_, file)) = written {
+            file.sync()?;
+            self.disk.sync_dir(&self.dir)?;
+        }
+        Ok(())
+    }
+
     fn next<T>(&mut self, read: ReadAt<T>) -> io::Result<Option<T>> {
         let mut at = self.at;
         loop {
@@ -174,6 +205,15 @@ fn read(file: &dyn DiskFile, data: &mut [u8], offset: u64) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+fn write_again(file: &dyn DiskFile, offset: u64, bytes: u64) -> io::Result<()> {
+    let mut data = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+    // The last one may lack the padding behind it.
+    if read(file, &mut data, offset)? {
+        file.write_at(&mut [IoSlice::new(&data)], offset)?;
+    }
+    Ok(())
 }
 
 /// Reads what is at an offset of a segment; `None` if there is nothing that counts.

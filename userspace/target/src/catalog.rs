@@ -6,7 +6,7 @@
 //! bound for the first time and stays until an operator unbinds the volume.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use dtloop_core::binding::{self, Binding, Refusal};
 use dtloop_disk::{Disk, RealDisk};
@@ -128,8 +128,16 @@ impl Catalog {
         offer: &DeviceOffer,
         open: Option<Volume>,
     ) -> Result<Volume, Refusal> {
-        let _gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        let damaged = |error: StateFileError| Refusal::new(Code::STATE_DAMAGED, format!("{error}"));
+        let _gate = dtloop_runtime::lock(&self.gate);
+        let damaged = |error: StateFileError| match error {
+            StateFileError::Io { path, source } => {
+                let text = format!("Cannot use state file {}: {source}", path.display());
+                Refusal::new(Code::VOLUME_IO, text)
+            }
+            error @ StateFileError::Damaged { .. } => {
+                Refusal::new(Code::STATE_DAMAGED, error.to_string())
+            }
+        };
         let owner = self.owner(&offer.label).map_err(damaged)?;
         // A foreign volume is refused before it is even opened, so that its owner can.
         binding::admit(source_id, set, offer, owner.as_ref(), u64::MAX)?;

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// Time that only goes forward.
 pub trait Clock: Send + Sync {
@@ -22,18 +22,17 @@ pub struct RealClock(Instant);
 
 impl Default for RealClock {
     fn default() -> Self {
-        Self(Instant::now())
+        Self(dtloop_runtime::now())
     }
 }
 
 impl Clock for RealClock {
     fn now(&self) -> Duration {
-        self.0.elapsed()
+        dtloop_runtime::elapsed(self.0)
     }
 
     fn unix_ms(&self) -> u64 {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(dtloop_runtime::unix_time().as_millis()).unwrap_or(u64::MAX)
     }
 }
 

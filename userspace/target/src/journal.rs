@@ -51,7 +51,7 @@ impl Horizon {
         let mut state = self.lock();
         state.checkpoint = checkpoint;
         state.wanted = false;
-        self.moved.notify_all();
+        dtloop_runtime::notify_all(&self.moved);
     }
 
     /// Whether the journal waits for a checkpoint.
@@ -63,7 +63,7 @@ impl Horizon {
     /// Nobody shall wait any longer.
     pub fn stop(&self) {
         self.lock().stopped = true;
-        self.moved.notify_all();
+        dtloop_runtime::notify_all(&self.moved);
     }
 
     /// The next checkpoint should come soon: it makes room.
@@ -82,10 +82,7 @@ impl Horizon {
                 return Err(JournalError::Stopped);
             }
             state.wanted = true;
-            state = self
-                .moved
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = dtloop_runtime::wait(&self.moved, &self.inner, state);
         }
         Ok(state.checkpoint)
     }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use dtloop_proto::message::{Ack, Notice, bounded_text};
 use dtloop_proto::{Code, Message, frame};
@@ -63,8 +63,8 @@ pub struct Outlet {
 
 impl Outlet {
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        // A panic cannot leave it half changed.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        // It is held while something is written to the connection.
+        dtloop_runtime::lock(&self.inner)
     }
 
     /// Changes how far the set is.

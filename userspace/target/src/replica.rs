@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 
 use dtloop_core::sequence::Sequencer;
-use dtloop_disk::{Disk, RealDisk};
+use dtloop_disk::Disk;
 use dtloop_journal::Options;
 use dtloop_proto::Uuid;
 use dtloop_proto::limits::FRAME_BYTES_MAX;
+use dtloop_runtime::JoinHandle;
 
 use crate::applier::{self, Applier, Batch, Command, Flags, OpenError, Parts, Pause, Settings};
 use crate::catalog::Catalog;
@@ -27,7 +27,7 @@ pub const BUFFER_BYTES: usize = 2 << 20;
 const _: () = assert!(BUFFER_BYTES > FRAME_BYTES_MAX);
 
 /// Receive buffers of a set: one being filled, the others on their way to the volumes.
-const BUFFERS: usize = 6;
+const BUFFERS: usize = if cfg!(feature = "simulation") { 3 } else { 6 };
 
 /// What a session needs for itself alone.
 pub struct Writer {
@@ -101,11 +101,11 @@ impl Replica {
         source_id: Uuid,
         set: &str,
         catalog: Arc<Catalog>,
+        disk: Arc<dyn Disk>,
         config: &Config,
         in_place: bool,
     ) -> Result<Self, OpenError> {
         let dir = set_dir(&config.state_dir, source_id, set);
-        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
         disk.make_dir(&dir)?;
         let parts = Parts {
             disk: Arc::clone(&disk),
@@ -185,7 +185,7 @@ impl Replica {
         returns: Sender<Batch>,
     ) -> std::io::Result<JoinHandle<()>> {
         let name = set.to_owned();
-        std::thread::Builder::new().name(format!("apply {set}")).spawn(move || {
+        dtloop_runtime::spawn(&format!("apply {set}"), move || {
             if let Err(error) = applier::thread::run(applier, &inbox, &returns) {
                 tracing::error!(
                     "Set \"{name}\" is no longer applied: {:#}. Restart dttarget when the cause is removed.",
@@ -213,7 +213,7 @@ impl Replica {
         if let Some(former) = former {
             former.shutdown();
         }
-        lock(&self.writer)
+        dtloop_runtime::lock(&self.writer)
     }
 
     /// Where the set is kept.
@@ -237,9 +237,9 @@ impl Replica {
             session.shutdown();
         }
         // The session has ended when its writer is free.
-        drop(lock(&self.writer).take());
+        drop(dtloop_runtime::lock(&self.writer).take());
         // The applier may have ended by itself.
-        let _ = self.commands.send(Command::Stop);
+        let _ = dtloop_runtime::send(&self.commands, Command::Stop);
         if let Some(thread) = lock(&self.thread).take() {
             if thread.join().is_err() {
                 tracing::error!("The applier of {} ended with a panic.", self.dir.display());

@@ -4,20 +4,19 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dtloop_core::binding::Refusal;
+use dtloop_disk::{Disk, RealDisk};
 use dtloop_proto::{Code, Uuid};
-use dtloop_store::Hold;
-use nix::poll::{PollFd, PollFlags, PollTimeout};
+use dtloop_runtime::{JoinHandle, TcpListener, TcpStream};
+use dtloop_store::{Hold, StateFileError};
 
 use crate::applier::OpenError;
 use crate::catalog::Catalog;
@@ -32,7 +31,7 @@ use crate::trust::Trust;
 const CONNECTIONS_MAX: usize = 256;
 
 /// How often the listener looks whether the program ends.
-const ACCEPT_TICK: u16 = 200;
+const ACCEPT_TICK: Duration = Duration::from_millis(200);
 
 /// How long an end waits for a set that is being opened.
 const CLOSE_TRIES: u32 = 50;
@@ -50,6 +49,8 @@ pub struct Shared {
     /// Those who have not yet shown who they are.
     pub strangers: Arc<Strangers>,
     catalog: Arc<Catalog>,
+    /// Where sets keep what they know.
+    disk: Arc<dyn Disk>,
     slots: Mutex<HashMap<(Uuid, String), Slot>>,
     sessions: AtomicU64,
     connections: AtomicUsize,
@@ -57,6 +58,30 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// What a target that has just started has. Session numbers count from `first_session`.
+    #[must_use]
+    pub fn new(
+        disk: Arc<dyn Disk>,
+        catalog: Catalog,
+        config: Config,
+        target_id: Uuid,
+        trust: Option<Trust>,
+        first_session: u64,
+    ) -> Self {
+        Self {
+            config,
+            target_id,
+            trust,
+            strangers: Arc::default(),
+            catalog: Arc::new(catalog),
+            disk,
+            slots: Mutex::default(),
+            sessions: AtomicU64::new(first_session),
+            connections: AtomicUsize::new(0),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
     /// A number for a new session, different from all others of this target's life.
     #[must_use]
     pub fn next_session(&self) -> u64 {
@@ -78,7 +103,7 @@ impl Shared {
             let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(slots.entry((source_id, set.to_owned())).or_default())
         };
-        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = dtloop_runtime::lock(&slot);
         if let Some(replica) = &*slot {
             return Ok(Arc::clone(replica));
         }
@@ -86,10 +111,14 @@ impl Shared {
             return Err(Refusal::new(Code::SHUTTING_DOWN, "The target ends"));
         }
         let catalog = Arc::clone(&self.catalog);
-        let opened = Replica::open(source_id, set, catalog, &self.config, in_place);
+        let disk = Arc::clone(&self.disk);
+        let opened = Replica::open(source_id, set, catalog, disk, &self.config, in_place);
         let replica = opened.map_err(|error| {
             let code = match &error {
                 OpenError::Blocked(complaint) => complaint.code,
+                OpenError::Journal(_) | OpenError::State(StateFileError::Io { .. }) => {
+                    Code::JOURNAL_IO
+                }
                 _ => Code::STATE_DAMAGED,
             };
             let chain = format!("{:#}", anyhow::Error::from(error));
@@ -202,18 +231,10 @@ impl Door {
         if trust.is_none() {
             check_plaintext(address)?;
         }
-        let catalog = Arc::new(Catalog::new(&config.state_dir, config.volumes.clone()));
-        let shared = Arc::new(Shared {
-            config,
-            target_id,
-            trust,
-            strangers: Arc::default(),
-            catalog,
-            slots: Mutex::default(),
-            sessions: AtomicU64::new(first_session),
-            connections: AtomicUsize::new(0),
-            stopping: AtomicBool::new(false),
-        });
+        let catalog = Catalog::new(&config.state_dir, config.volumes.clone());
+        let disk = Arc::new(RealDisk);
+        let shared = Shared::new(disk, catalog, config, target_id, trust, first_session);
+        let shared = Arc::new(shared);
         Ok(Self {
             shared,
             listener,
@@ -235,21 +256,9 @@ impl Door {
             lock,
         } = self;
         for (source_id, set) in known_sets(&shared.config.state_dir)? {
-            let shared = Arc::clone(&shared);
-            std::thread::Builder::new()
-                .name(format!("open {set}"))
-                .spawn(move || {
-                    if let Err(refusal) = shared.replica(source_id, &set, false) {
-                        tracing::error!("{refusal}.");
-                    }
-                })?;
+            open_set(&shared, source_id, set)?;
         }
-        let accepting = {
-            let shared = Arc::clone(&shared);
-            std::thread::Builder::new()
-                .name("accept".into())
-                .spawn(move || accept_loop(&shared, &listener))?
-        };
+        let accepting = accept(&shared, listener)?;
         let how = if shared.trust.is_some() {
             "TLS 1.3, for paired sources"
         } else {
@@ -304,16 +313,41 @@ fn close(slot: &Slot, abandon: bool) {
             }
             return;
         }
-        std::thread::sleep(Duration::from_millis(100));
+        dtloop_runtime::sleep(Duration::from_millis(100));
     }
     tracing::warn!("A set is still being opened; its journal is replayed again at the next start.");
 }
 
+/// Replays the journal of a set that is known from before, beside.
+///
+/// # Errors
+///
+/// If there can be no thread.
+pub fn open_set(shared: &Arc<Shared>, source_id: Uuid, set: String) -> std::io::Result<()> {
+    let shared = Arc::clone(shared);
+    let name = format!("open {set}");
+    dtloop_runtime::spawn(&name, move || {
+        if let Err(refusal) = shared.replica(source_id, &set, false) {
+            tracing::error!("{refusal}.");
+        }
+    })?;
+    Ok(())
+}
+
+/// Lets sources in until the target ends.
+///
+/// # Errors
+///
+/// If there can be no thread.
+pub fn accept(shared: &Arc<Shared>, listener: TcpListener) -> std::io::Result<JoinHandle<()>> {
+    let shared = Arc::clone(shared);
+    dtloop_runtime::spawn("accept", move || accept_loop(&shared, &listener))
+}
+
 fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
     while !shared.stopping.load(Ordering::Relaxed) {
-        let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-        // An interruption is as good as a time-out.
-        let _ = nix::poll::poll(&mut fds, PollTimeout::from(ACCEPT_TICK));
+        // Whatever ends the wait, who is there is looked for.
+        let _ = dtloop_runtime::wait_listener(listener, ACCEPT_TICK);
         shared.strangers.sweep();
         if let Some(trust) = &shared.trust {
             trust.sweep();
@@ -324,7 +358,7 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
             Err(error) => {
                 // Without files or memory: it would be the same again at once.
                 tracing::error!("Nobody can be let in: {error}.");
-                std::thread::sleep(Duration::from_millis(ACCEPT_TICK.into()));
+                dtloop_runtime::sleep(ACCEPT_TICK);
             }
         }
     }
@@ -351,8 +385,7 @@ fn take_in(shared: &Arc<Shared>, stream: TcpStream, peer: SocketAddr) {
         converse(&sharing, stream, peer, ticket);
         sharing.connections.fetch_sub(1, Ordering::Relaxed);
     };
-    let thread = std::thread::Builder::new().name(format!("session {peer}"));
-    if let Err(error) = thread.spawn(serve) {
+    if let Err(error) = dtloop_runtime::spawn(&format!("session {peer}"), serve) {
         shared.connections.fetch_sub(1, Ordering::Relaxed);
         tracing::error!("{peer} could not be served: {error}.");
     }

@@ -3,7 +3,7 @@
 //! A connection: handshake, then frames into the journal.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -21,9 +21,10 @@ use dtloop_proto::message::{
     HandshakeOption, Hello, OPTION_CHAIN, OPTION_IN_PLACE, Refuse, Welcome, bounded_text,
 };
 use dtloop_proto::packed::OPTION_CODECS;
+use dtloop_runtime::TcpStream;
 use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
 
-use crate::applier::{Batch, Command, Item};
+use crate::applier::{Batch, Command, Durable, Item};
 use crate::journal::JournalError;
 use crate::outlet::Part;
 use crate::replica::{Replica, Writer};
@@ -284,13 +285,16 @@ fn welcome(
     hello: Hello,
     version: u16,
 ) -> Result<Session, SessionEnd> {
-    let durable_seq = writer.sequence.next() - 1;
+    let durable = Durable {
+        stream_uuid: writer.stream_uuid,
+        seq: writer.sequence.next() - 1,
+    };
     let (reply, answer) = channel();
-    let (stream_uuid, first_seq) = (hello.stream_uuid, hello.first_seq);
+    let stream_uuid = hello.stream_uuid;
     let set = hello.set.clone();
     let enter = Command::Enter {
         hello: Box::new(hello),
-        durable_seq,
+        durable,
         reply,
     };
     let gone = || {
@@ -298,26 +302,22 @@ fn welcome(
         Refusal::new(Code::INTERNAL, text)
     };
     // While a disk fails, the applier answers with the reason; it takes up nothing that nobody would know of.
-    writer.commands.send(enter).map_err(|_| gone())?;
-    let entered = answer.recv().map_err(|_| gone())??;
-    match entered.admission {
-        Admission::Resume => {}
-        Admission::NewStream => writer.sequence = Sequencer::new(first_seq),
-        Admission::Hole { from, to } => {
-            tracing::error!(
-                "Set \"{set}\": records {from} to {} are lost; a mirror is needed.",
-                to - 1
-            );
-            writer.sequence = Sequencer::new(to);
-        }
+    dtloop_runtime::send(&writer.commands, enter).map_err(|_| gone())?;
+    let entered = dtloop_runtime::receive(&answer).map_err(|_| gone())??;
+    if let Admission::Hole { from, to } = entered.admission {
+        tracing::error!(
+            "Set \"{set}\": records {from} to {} are lost; a mirror is needed.",
+            to - 1
+        );
     }
+    // Also where it goes on: an attempt before this one may have taken up the stream without anybody being told.
+    writer.sequence = Sequencer::new(entered.next_seq);
     writer.stream_uuid = stream_uuid;
     let id = shared.next_session();
-    // For a new stream everything is applied; what is durable is told in the terms of the old one.
-    let told = if entered.admission == Admission::NewStream {
-        first_seq - 1
-    } else {
-        durable_seq
+    // Of a hole, the source learns where it begins.
+    let told = match entered.admission {
+        Admission::Hole { from, .. } => from - 1,
+        _ => entered.next_seq - 1,
     };
     replica
         .outlet
@@ -352,10 +352,7 @@ fn welcome(
         writer.sequence.next()
     );
     // Comes behind everything that was there before, and before what this connection brings.
-    writer
-        .commands
-        .send(Command::Welcomed)
-        .map_err(|_| gone())?;
+    dtloop_runtime::send(&writer.commands, Command::Welcomed).map_err(|_| gone())?;
     let spare = std::mem::take(&mut writer.stash);
     Ok(Session {
         id,
@@ -450,7 +447,7 @@ impl Session {
     fn take_buffer(&mut self, writer: &Writer) -> Result<Batch, SessionEnd> {
         match self.spare.pop() {
             Some(batch) => Ok(batch),
-            None => writer.buffers.recv().map_err(|_| SessionEnd::Stopping),
+            None => dtloop_runtime::receive(&writer.buffers).map_err(|_| SessionEnd::Stopping),
         }
     }
 
@@ -577,9 +574,7 @@ impl Session {
                         parsed.unparsed = true;
                         break;
                     }
-                    writer
-                        .commands
-                        .send(Command::Bind(offer))
+                    dtloop_runtime::send(&writer.commands, Command::Bind(offer))
                         .map_err(|_| SessionEnd::Stopping)?;
                     None
                 }
@@ -651,14 +646,13 @@ impl Session {
             .update(|ack| ack.durable_seq = parsed.info.next_seq - 1);
         self.replica.outlet.send_ack();
         if rest > 0 {
-            let mut next = writer.buffers.recv().map_err(|_| SessionEnd::Stopping)?;
+            let mut next =
+                dtloop_runtime::receive(&writer.buffers).map_err(|_| SessionEnd::Stopping)?;
             next.buffer[..rest].copy_from_slice(&batch.buffer[parsed.used..self.have]);
             self.spare.push(next);
         }
         self.have = rest;
-        writer
-            .commands
-            .send(Command::Batch(batch))
+        dtloop_runtime::send(&writer.commands, Command::Batch(batch))
             .map_err(|_| SessionEnd::Stopping)
     }
 
@@ -698,20 +692,20 @@ impl Session {
                     tracing::error!("{text}.");
                     let outlet = &self.replica.outlet;
                     outlet.complain(Part::Journal, Code::JOURNAL_IO, text);
-                    told = Some(Instant::now());
+                    told = Some(dtloop_runtime::now());
                 }
-                Some(at) if at.elapsed() >= ALIVE_EVERY => {
+                Some(at) if dtloop_runtime::elapsed(at) >= ALIVE_EVERY => {
                     self.replica.outlet.send_ack();
-                    told = Some(Instant::now());
+                    told = Some(dtloop_runtime::now());
                 }
                 Some(_) => {}
             }
-            let until = Instant::now() + RETRY_AFTER;
-            while Instant::now() < until {
+            let until = dtloop_runtime::now() + RETRY_AFTER;
+            while dtloop_runtime::now() < until {
                 if self.replica.is_stopping() || self.replica.takeovers() != takeovers {
                     return Err(SessionEnd::Stopping);
                 }
-                std::thread::sleep(RETRY_AFTER / 20);
+                dtloop_runtime::sleep(RETRY_AFTER / 20);
             }
         }
     }

@@ -102,7 +102,7 @@ fn patiently<T>(mut call: impl FnMut() -> Result<T, Pause>) -> Result<T> {
             Err(Pause::Blocked(complaint)) if left > 0 => {
                 tracing::warn!("{}.", complaint.text);
                 left -= 1;
-                std::thread::sleep(RETRY_AFTER);
+                dtloop_runtime::sleep(RETRY_AFTER);
             }
             Err(Pause::Blocked(complaint)) => bail!("{}", complaint.text),
             Err(Pause::Fatal(error)) => return Err(error.into()),

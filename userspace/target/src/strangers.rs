@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use dtloop_runtime::TcpStream;
 use dtloop_trust::lobby::Lobby;
 
 /// Most complaints about strangers in [`COMPLAINTS_EVERY`]; the rest is only counted.
@@ -54,7 +55,7 @@ impl Drop for Ticket {
 impl Default for Strangers {
     fn default() -> Self {
         Self {
-            began: Instant::now(),
+            began: dtloop_runtime::now(),
             inner: Mutex::new(Inner {
                 lobby: Lobby::default(),
                 sockets: HashMap::new(),
@@ -77,7 +78,7 @@ impl Strangers {
     /// Those of the socket.
     pub fn enter(self: &Arc<Self>, stream: &TcpStream, peer: SocketAddr) -> io::Result<Ticket> {
         let socket = stream.try_clone()?;
-        let now = self.began.elapsed();
+        let now = dtloop_runtime::elapsed(self.began);
         let mut inner = self.inner();
         let id = inner.next;
         inner.next += 1;
@@ -92,7 +93,7 @@ impl Strangers {
 
     /// Sends those away whose time is over.
     pub fn sweep(&self) {
-        let now = self.began.elapsed();
+        let now = dtloop_runtime::elapsed(self.began);
         let mut inner = self.inner();
         for id in inner.lobby.overdue(now) {
             inner.send_away(id);
@@ -106,7 +107,7 @@ impl Strangers {
 
     /// Logs something about a stranger, unless too much was said about others already.
     pub fn complain(&self, text: &str) {
-        let said = self.inner().complaints.enter(Instant::now());
+        let said = self.inner().complaints.enter(dtloop_runtime::now());
         match said {
             Said::Nothing => {}
             Said::This => tracing::warn!("{text}"),
@@ -170,7 +171,7 @@ mod tests {
 
     #[test]
     fn complaints_are_bounded_and_counted() {
-        let begin = Instant::now();
+        let begin = dtloop_runtime::now();
         let mut complaints = Complaints::default();
         for _ in 0..COMPLAINTS_MAX {
             assert_eq!(complaints.enter(begin), Said::This);

@@ -7,15 +7,14 @@
 //! a second lock until its bytes are on their way, so that records leave in the order in which they were sealed.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
+use std::net::{Shutdown, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
+use dtloop_runtime::{TcpStream, read_socket, write_socket};
 use dtloop_trust::tls::TargetTls;
 use dtloop_trust::tunnel::{Door, Opened};
 use dtloop_trust::{Pin, Tunnel, TunnelError};
-use nix::sys::socket::{MsgFlags, recv, send};
 
 /// Ciphertext read at once from somebody who is not known yet, in bytes.
 const STRANGER_READ_BYTES: usize = 16 << 10;
@@ -92,11 +91,11 @@ impl Inbox {
     }
 
     /// Reads more, once what was there is taken. 0: nothing more comes.
-    fn fill(&mut self, stream: &TcpStream, flags: MsgFlags) -> io::Result<usize> {
+    fn fill(&mut self, stream: &TcpStream, waits: bool) -> io::Result<usize> {
         debug_assert_eq!(self.start, self.end);
         self.start = 0;
         self.end = 0;
-        self.end = recv(stream.as_raw_fd(), &mut self.bytes, flags)?;
+        self.end = read_socket(stream, &mut self.bytes, waits)?;
         Ok(self.end)
     }
 
@@ -123,9 +122,8 @@ fn take_wire(tunnel: &mut Tunnel) -> Vec<u8> {
 /// Says something to somebody who is being turned away, without waiting for it.
 fn farewell(stream: &TcpStream, wire: &[u8]) {
     if !wire.is_empty() {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         // It may have left already, which is as good.
-        let _ = send(stream.as_raw_fd(), wire, flags);
+        let _ = write_socket(stream, wire);
     }
 }
 
@@ -136,7 +134,7 @@ fn linger(stream: &TcpStream) {
     let _ = stream.set_read_timeout(Some(LINGER_TIME_MAX));
     let mut buffer = [0; 4096];
     let mut left = LINGER_BYTES_MAX;
-    while let Ok(bytes @ 1..) = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+    while let Ok(bytes @ 1..) = read_socket(stream, &mut buffer, true) {
         left = left.saturating_sub(bytes);
         if left == 0 {
             break;
@@ -152,7 +150,7 @@ fn open_door(
 ) -> Result<Tunnel, AcceptError> {
     let mut door = Door::default();
     loop {
-        if inbox.fill(stream, MsgFlags::empty())? == 0 {
+        if inbox.fill(stream, true)? == 0 {
             return Err(AcceptError::Left);
         }
         let knocked = door.knock(inbox.rest(), tls).map_err(|refused| {
@@ -191,7 +189,7 @@ fn shake(
         if !tunnel.is_handshaking() {
             return Ok(tunnel);
         }
-        if inbox.fill(stream, MsgFlags::empty())? == 0 {
+        if inbox.fill(stream, true)? == 0 {
             return Err(AcceptError::Left);
         }
     }
@@ -353,12 +351,7 @@ impl Secure {
             if given == buffer.len() || closed {
                 return Ok(given);
             }
-            let flags = if given > 0 {
-                MsgFlags::MSG_DONTWAIT
-            } else {
-                MsgFlags::empty()
-            };
-            match inbox.fill(stream, flags) {
+            match inbox.fill(stream, given == 0) {
                 // Without a farewell in TLS nobody knows whether this is all: it is no end but a cut.
                 Ok(0) if given == 0 => return Err(cut()),
                 Ok(0) => return Ok(given),

@@ -12,7 +12,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use dtloop_core::binding::Refusal;
@@ -28,8 +27,7 @@ use crate::transport::Connection;
 /// Seconds since 1970 by the wall clock, which survives a restart.
 #[must_use]
 pub fn now_unix_s() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_secs())
+    dtloop_runtime::unix_time().as_secs()
 }
 
 /// Asks the ledger at every handshake.

@@ -2,7 +2,6 @@
 
 //! What the set's thread does for mirror, verify and resync.
 
-use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, SyncRequest};
 use dtloop_core::mirror::{self, Event, JobKind, Planner, Request};
@@ -136,6 +135,7 @@ impl Worker {
                 session.outbox.message(session.id, position, &marker)?;
                 self.plan_mirror(session, device)?;
                 self.set_report(device, VolumeSync::Mirroring);
+                self.set_resync_devices();
             }
             Event::DeviceDone { device } if is_mirror => {
                 self.memory.set_mirrored(device, true);
@@ -188,7 +188,7 @@ impl Worker {
         let mut results = vec![];
         if let Some(job) = &mut self.job {
             job.state = state.clone();
-            job.finished = Some(job.started.elapsed());
+            job.finished = Some(dtloop_runtime::elapsed(job.started));
             job.finished_unix_ms = unix_ms();
             job.to_seq = stream.ring().next_seq();
             let job = &*job;
@@ -220,7 +220,7 @@ impl Worker {
         for (id, result) in results {
             self.note_result(id, result);
         }
-        self.published = Instant::now() - PUBLISH_EVERY;
+        self.published = dtloop_runtime::now() - PUBLISH_EVERY;
         if state.kind == JobKind::Recover {
             // What it sent lies behind the position that a pass under way would declare.
             self.resync.on_loss();
@@ -237,7 +237,7 @@ impl Worker {
     ) -> Result<bool, End> {
         if self
             .resync_after
-            .is_some_and(|after| Instant::now() < after)
+            .is_some_and(|after| dtloop_runtime::now() < after)
         {
             return Ok(true);
         }
@@ -248,7 +248,7 @@ impl Worker {
                 Step::Wait => return Ok(true),
                 Step::Position => {
                     if self.resync.take_failed() {
-                        self.resync_after = Some(Instant::now() + RESYNC_RETRY);
+                        self.resync_after = Some(dtloop_runtime::now() + RESYNC_RETRY);
                         return Ok(true);
                     }
                     self.plan_resync(stream, session)?;
@@ -289,7 +289,7 @@ impl Worker {
                     }
                 }
                 Step::Declare { .. } if self.recovers(stream)? => {
-                    self.resync_after = Some(Instant::now() + RESYNC_RETRY);
+                    self.resync_after = Some(dtloop_runtime::now() + RESYNC_RETRY);
                     return Ok(true);
                 }
                 Step::Declare { at } => {

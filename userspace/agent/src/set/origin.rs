@@ -78,11 +78,14 @@ fn read_blocks(
             disk.read(offset, &mut block).ok()?;
             Some(Sample::of(offset, &block))
         };
-        let samples = offsets.into_iter().filter_map(&mut sample).collect();
-        let _ = answer.send(samples);
+        // What is only in the disk's cache may be something else after a power cut, and then nobody would have restored or
+        // swapped anything.
+        let settled = disk.settle().is_ok();
+        let offsets = offsets.into_iter().filter(|_| settled);
+        let samples = offsets.filter_map(&mut sample).collect();
+        let _ = dtloop_runtime::post(&answer, samples);
     };
-    let thread = std::thread::Builder::new().name("blocks".to_owned());
-    thread.spawn(read).is_ok().then_some(answered)
+    dtloop_runtime::spawn("blocks", read).is_ok().then_some(answered)
 }
 
 /// Whether a block may have been changed by a crash, or since the device joined the stream.
@@ -167,7 +170,7 @@ impl Worker {
             }
             self.origins.reading = None;
         }
-        let now = Instant::now();
+        let now = dtloop_runtime::now();
         if now < self.origins.next_at {
             return;
         }
@@ -282,7 +285,7 @@ impl Worker {
         let fits = |at: &u64| at.saturating_add(SAMPLE_BYTES) <= device.size_bytes();
         let offsets: Vec<u64> = origin.known().into_iter().filter(fits).collect();
         let answer = read_blocks(stream, device, offsets.clone());
-        let found = answer.and_then(|answer| answer.recv_timeout(LOOK_PATIENCE).ok());
+        let found = answer.and_then(|answer| dtloop_runtime::receive_timeout(&answer, LOOK_PATIENCE).ok());
         let Some(found) = found else {
             return Ok(vec![]);
         };

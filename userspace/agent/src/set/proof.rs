@@ -6,9 +6,9 @@
 //! agent, which begins at a record that was not released, can go on with it. The file lives as long as the module's
 //! ring: in memory, and it is never made durable. After a boot the stream, and with it the chain, is a new one.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io::IoSlice;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dtloop_abi::{CaptureStream, Hold};
@@ -16,6 +16,7 @@ use dtloop_core::alarm::Cause;
 use dtloop_core::chain::{self, Chain, KEPT_BYTES, Kept, Link, SourceChain};
 use dtloop_core::replica::Proven;
 use dtloop_core::source::Resumed;
+use dtloop_disk::{Disk, DiskFile};
 use dtloop_proto::message::{self, HandshakeOption, Marker, Proof, Welcome};
 use dtloop_proto::{Message, RecordBody, RecordKind, Uuid};
 
@@ -29,8 +30,9 @@ const PROVE_EVERY: Duration = Duration::from_secs(1);
 /// The set's chain, and how it is kept.
 pub(super) struct ChainKeeper {
     pub(super) chain: SourceChain,
+    disk: Arc<dyn Disk>,
     path: PathBuf,
-    file: Option<File>,
+    file: Option<Arc<dyn DiskFile>>,
     complained: bool,
     /// What the target was asked about and has not answered.
     asked: Option<(u64, Link)>,
@@ -39,14 +41,15 @@ pub(super) struct ChainKeeper {
 }
 
 impl ChainKeeper {
-    pub(super) fn new(path: PathBuf) -> Self {
+    pub(super) fn new(disk: Arc<dyn Disk>, path: PathBuf) -> Self {
         Self {
             chain: SourceChain::default(),
+            disk,
             path,
             file: None,
             complained: false,
             asked: None,
-            asked_at: Instant::now(),
+            asked_at: dtloop_runtime::now(),
             answered: 0,
         }
     }
@@ -60,14 +63,12 @@ impl ChainKeeper {
 
     /// Takes up what the agent before left of this stream.
     pub(super) fn load(&mut self, stream_uuid: Uuid) {
-        let mut options = File::options();
-        options.read(true).write(true).create(true).truncate(false);
-        self.file = options.open(&self.path).ok();
+        self.file = self.disk.open(&self.path, true).ok();
         let mut bytes = [0; KEPT_BYTES];
         let read = self
             .file
             .as_ref()
-            .map(|file| file.read_exact_at(&mut bytes, 0));
+            .map(|file| file.read_at(&mut bytes, 0));
         let kept = match read {
             Some(Ok(())) => Kept::parse(&bytes, stream_uuid),
             _ => None,
@@ -83,7 +84,8 @@ impl ChainKeeper {
         let (Some(file), Some(kept)) = (&self.file, self.chain.kept()) else {
             return;
         };
-        let result = file.write_all_at(&kept.pack(stream_uuid), 0);
+        let packed = kept.pack(stream_uuid);
+        let result = file.write_at(&mut [IoSlice::new(&packed)], 0);
         if let (Err(error), false) = (&result, self.complained) {
             tracing::warn!(
                 "{} cannot be written: {error}; the hash chain begins anew with the next dtagent.",
@@ -93,12 +95,12 @@ impl ChainKeeper {
         self.complained = result.is_err();
     }
 
-    fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         self.chain = SourceChain::default();
         self.asked = None;
         if let Some(file) = &self.file {
             // A chain that cannot be forgotten differs again, and is noticed again.
-            let _ = file.set_len(0);
+            let _ = file.set_bytes(0);
         }
     }
 }
@@ -169,6 +171,10 @@ impl Worker {
                 .chain
                 .begin(Chain::begin(self.memory.stream_uuid, durable));
         }
+        if told == Chain::begin(self.memory.stream_uuid, durable) {
+            // It has just begun there, and this is not the first connection since: whoever made that did not live to keep it.
+            self.chain.chain.begin(told);
+        }
         self.catch_up(stream, durable)?;
         self.chain.chain.resume(durable);
         match self.chain.chain.at(durable) {
@@ -208,7 +214,7 @@ impl Worker {
 
     /// Asks the target to prove what it applied, if there is something new and nothing asked.
     pub(super) fn prove(&mut self, session: &mut Session) -> Result<(), End> {
-        if self.chain.asked.is_some() || self.chain.asked_at.elapsed() < PROVE_EVERY {
+        if self.chain.asked.is_some() || dtloop_runtime::elapsed(self.chain.asked_at) < PROVE_EVERY {
             return Ok(());
         }
         let position = session.core.next_to_send();
@@ -223,7 +229,7 @@ impl Worker {
             .outbox
             .message(session.id, position, &Message::Marker(marker))?;
         self.chain.asked = Some((last.seq, last.link));
-        self.chain.asked_at = Instant::now();
+        self.chain.asked_at = dtloop_runtime::now();
         Ok(())
     }
 

@@ -92,7 +92,7 @@ impl Worker {
             stream_uuid: self.memory.stream_uuid,
         };
         let home = Home {
-            disk: Arc::clone(&self.disk),
+            disk: Arc::clone(&self.queue_disk),
             dir: config.dir.join(&self.config.name),
             config: config.clone(),
             owner,
@@ -326,6 +326,9 @@ impl Worker {
         if let Some(queue) = &self.queue {
             queue.give_up(to);
         }
+        // The target begins its chain anew behind the hole. An agent that comes after this one must not go on with the
+        // old one: the records may be readable for it.
+        self.chain.forget();
         // Records that mirror and resync wait for may be among those lost.
         let planner = self.planner.take();
         self.planner = planner.map(|planner| Planner::new(planner.state().clone()));

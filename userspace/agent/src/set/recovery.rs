@@ -10,7 +10,6 @@
 //!       +--> resync: OrderRestored
 //! ```
 
-use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, Extent, Found, raw};
 use dtloop_core::coverage::{Base, Marks};
@@ -229,10 +228,10 @@ impl Worker {
         stream: &dyn CaptureStream,
         session: &mut Session,
     ) -> Result<(), End> {
-        if self.intents_tended.elapsed() < INTENT_EVERY {
+        if dtloop_runtime::elapsed(self.intents_tended) < INTENT_EVERY {
             return Ok(());
         }
-        self.intents_tended = Instant::now();
+        self.intents_tended = dtloop_runtime::now();
         self.watch_intents(stream)?;
         if !self.settle_origins() {
             return Ok(());

@@ -2,7 +2,6 @@
 
 //! What the set's thread does for requests of `dtloop`.
 
-use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, Failure, FailureCode};
@@ -33,7 +32,7 @@ impl Worker {
                 Command::InPlace { reply } => drop(reply.send(Ok(self.choose_in_place()))),
                 Command::Wait { reply } => drop(reply.send(self.wait_for(stream))),
             }
-            self.published = Instant::now() - PUBLISH_EVERY;
+            self.published = dtloop_runtime::now() - PUBLISH_EVERY;
         }
     }
 
@@ -142,6 +141,7 @@ impl Worker {
             if let Some(memory) = self.memory.devices.get_mut(&item.label) {
                 memory.mirrored = memory.mirrored && !item.begun;
                 memory.mirrored_once = memory.mirrored;
+                memory.wanted = false;
             }
         }
         self.persist(true);

@@ -4,18 +4,17 @@
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use dtloop_abi::{CaptureStream, Extent, Hold, raw};
 use dtloop_api::Connection;
 use dtloop_core::resync;
-use dtloop_proto::message::{Notice, Refuse};
+use dtloop_proto::message::{Notice, Refuse, VolumeReport};
 use dtloop_proto::record::F_DEVICES;
 use dtloop_proto::{Code, Message, Op, RecordBody};
 
 use super::queueing::Source;
 use super::{
-    BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, PING_AFTER, PUBLISH_EVERY, Sent, Session,
+    BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, OFFER_EVERY, PING_AFTER, PUBLISH_EVERY, Sent, Session,
     WAKE_AHEAD, Worker,
 };
 use crate::link::{LinkError, SILENCE_MAX};
@@ -75,6 +74,7 @@ impl Worker {
                 .tick(|| stream.ring().desc(next).ok().map(|desc| desc.time_ns));
             self.tend_timetable(stream);
             self.tend_origins(stream);
+            self.offer_again(session)?;
             let waits = self.drive(stream, session)?;
             self.prove(session)?;
             self.restore_order(session.core.ack().applied_seq);
@@ -87,6 +87,33 @@ impl Worker {
             self.persist(false);
             self.ping(stream, session)?;
             self.sleep(stream, session, &mut quiet, waits)?;
+        }
+        Ok(())
+    }
+
+    /// A volume that the target could not use may be usable by now: its disk works again, or is no longer mounted there.
+    fn offer_again(&mut self, session: &mut Session) -> Result<(), End> {
+        let can_pass = |report: &&VolumeReport| {
+            let code = report.code;
+            code != Code::OK && (code.is_passing() || code == Code::VOLUME_BUSY)
+        };
+        let refused = self.reports.iter().filter(can_pass);
+        let refused: Vec<u32> = refused.map(|report| report.device).collect();
+        if refused.is_empty() {
+            self.offered_at = None;
+            return Ok(());
+        }
+        let offered_at = *self.offered_at.get_or_insert_with(dtloop_runtime::now);
+        if dtloop_runtime::elapsed(offered_at) < OFFER_EVERY {
+            return Ok(());
+        }
+        self.offered_at = Some(dtloop_runtime::now());
+        for offer in self.offers() {
+            if refused.contains(&offer.device) {
+                session
+                    .outbox
+                    .message(session.id, 0, &Message::Bind(offer))?;
+            }
         }
         Ok(())
     }
@@ -251,11 +278,11 @@ impl Worker {
     /// The kernel announces a device before its disk is there, so that no change can come first. It never comes when
     /// its disk could not be made, or when it was detached long ago.
     fn await_device(&mut self, stream: &dyn CaptureStream, device: u32) -> Result<(), End> {
-        let begin = Instant::now();
+        let begin = dtloop_runtime::now();
         let is_there =
             |devices: &[raw::DeviceStatus]| devices.iter().any(|d| d.device_id >= device);
-        while !is_there(&self.devices) && begin.elapsed() < DEVICE_WAIT {
-            std::thread::sleep(BUSY_WAIT);
+        while !is_there(&self.devices) && dtloop_runtime::elapsed(begin) < DEVICE_WAIT {
+            dtloop_runtime::sleep(BUSY_WAIT);
             self.refresh_devices(stream)?;
         }
         Ok(())
@@ -293,6 +320,7 @@ impl Worker {
                 .any(|item| item.device == device && !item.ended);
             if works {
                 planner.fail("The device was detached; start again when it is back");
+                self.memory.want_no_more(device);
             }
         }
     }
@@ -364,8 +392,11 @@ impl Worker {
                 Message::Proof(proof) => self.on_proof(&proof),
                 Message::Alarm(alarm) => self.on_target_alarm(&alarm),
                 Message::Volumes(volumes) => {
-                    self.reports = volumes.volumes;
-                    for report in self.reports.iter().filter(|report| report.code != Code::OK) {
+                    let known = std::mem::replace(&mut self.reports, volumes.volumes);
+                    let is_new = |report: &&VolumeReport| {
+                        report.code != Code::OK && !known.iter().any(|other| other.text == report.text)
+                    };
+                    for report in self.reports.iter().filter(is_new) {
                         tracing::error!(
                             "Set \"{}\", target {}: {}.",
                             self.config.name,
@@ -384,7 +415,7 @@ impl Worker {
                         .outbox
                         .message(session.id, 0, &Message::Pong(number))?;
                 }
-                Message::Pong(_) => self.shaper.on_pong(session.pinged.elapsed()),
+                Message::Pong(_) => self.shaper.on_pong(dtloop_runtime::elapsed(session.pinged)),
                 Message::Bye(refuse) => return Err(End::Refused(refuse)),
                 _ => return Err(LinkError::Flood.into()),
             }
@@ -425,11 +456,11 @@ impl Worker {
         stream: &dyn CaptureStream,
         session: &mut Session,
     ) -> Result<(), End> {
-        if session.link.heard.elapsed() > SILENCE_MAX {
+        if dtloop_runtime::elapsed(session.link.heard) > SILENCE_MAX {
             return Err(LinkError::Silent.into());
         }
-        if session.link.heard.elapsed() > PING_AFTER && session.pinged.elapsed() > PING_AFTER {
-            session.pinged = Instant::now();
+        if dtloop_runtime::elapsed(session.link.heard) > PING_AFTER && dtloop_runtime::elapsed(session.pinged) > PING_AFTER {
+            session.pinged = dtloop_runtime::now();
             session
                 .outbox
                 .message(session.id, 0, &Message::Ping(session.core.next_to_send()))?;
@@ -449,7 +480,7 @@ impl Worker {
     ) -> Result<(), End> {
         let ring = stream.ring();
         let next = session.core.next_to_send();
-        let begin = Instant::now();
+        let begin = dtloop_runtime::now();
         // With records at hand that may not be sent yet, to be woken by more of them is of no use.
         let limited = self
             .shaper
@@ -463,7 +494,7 @@ impl Worker {
                 .wait(false, &others, time)
                 .map_err(LinkError::from)?;
             let _ = self.shared.wake.read();
-            self.shaper.on_slept(begin.elapsed(), true);
+            self.shaper.on_slept(dtloop_runtime::elapsed(begin), true);
             return Ok(());
         }
         if next < ring.released() {
@@ -494,7 +525,7 @@ impl Worker {
             .wait(false, &others, timeout)
             .map_err(LinkError::from)?;
         let _ = self.shared.wake.read();
-        self.shaper.on_slept(begin.elapsed(), false);
+        self.shaper.on_slept(dtloop_runtime::elapsed(begin), false);
         Ok(())
     }
 }

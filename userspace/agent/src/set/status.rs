@@ -63,11 +63,11 @@ impl Worker {
         } else {
             PUBLISH_EVERY
         };
-        self.published.elapsed() >= every
+        dtloop_runtime::elapsed(self.published) >= every
     }
 
     pub(super) fn publish(&mut self, stream: Option<&dyn CaptureStream>, session: Option<View>) {
-        self.published = Instant::now();
+        self.published = dtloop_runtime::now();
         if let (Some(planner), Some(job)) = (&self.planner, &mut self.job) {
             job.state = planner.state().clone();
         }
@@ -75,7 +75,7 @@ impl Worker {
         snapshot.status.connection = self.connection.clone();
         if let Some(session) = session {
             snapshot.status.connection = Connection::Connected {
-                since_ms: ms(session.since.elapsed()),
+                since_ms: ms(dtloop_runtime::elapsed(session.since)),
             };
         }
         snapshot.status.shaping = self.shaper.report();
@@ -106,11 +106,11 @@ impl Worker {
             && direct
             && self.resync.is_idle()
             && states().all(DeviceState::is_consistent);
-        // A device that was mirrored once is mirrored again without asking, as soon as the target is there; unless nobody knows
-        // which of device and copy is newer.
+        // A device that was mirrored once, or is to be, is mirrored without asking, as soon as the target is there; unless nobody
+        // knows which of device and copy is newer.
         let by_itself = |device: &DeviceStatus| {
             let memory = self.memory.devices.get(&device.label);
-            memory.is_some_and(|memory| memory.mirrored_once && memory.doubt.is_none())
+            memory.is_some_and(|memory| (memory.mirrored_once || memory.wanted) && memory.doubt.is_none())
         };
         let stuck = |device: &&DeviceStatus| match device.state {
             DeviceState::Error | DeviceState::VerifyNeeded { .. } => true,
@@ -170,7 +170,7 @@ impl Worker {
 
     pub(super) fn measure(&mut self, next_seq: u64) {
         let before = self.measured;
-        let elapsed = ms(before.at.elapsed());
+        let elapsed = ms(dtloop_runtime::elapsed(before.at));
         if elapsed < RATES_EVERY_MS {
             return;
         }
@@ -187,7 +187,7 @@ impl Worker {
             acknowledged_bytes_per_s: per_s(applied, before.applied),
         };
         self.measured = Measured {
-            at: Instant::now(),
+            at: dtloop_runtime::now(),
             next_seq,
             payload,
             sent,
@@ -264,7 +264,7 @@ impl Worker {
         }
         if !mirrored {
             let last = self.memory.job.as_ref().and_then(|job| job.failed.clone());
-            let once = memory.is_some_and(|memory| memory.mirrored_once);
+            let once = memory.is_some_and(|memory| memory.mirrored_once || memory.wanted);
             let doubt = memory.and_then(|memory| memory.doubt.clone());
             let reason = match doubt.or(last) {
                 Some(reason) if self.planner.is_none() => reason,

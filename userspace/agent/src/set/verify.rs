@@ -12,7 +12,7 @@ use dtloop_api::{VerifyEntry, VerifyEvent, VerifyResult, VerifySchedule};
 use dtloop_core::mirror::{DeviceJob, Finding, JobKind, JobState, Planner};
 use dtloop_core::outside::Outside;
 use dtloop_core::timetable::{Pace, Plan};
-use dtloop_disk::RealDisk;
+use dtloop_disk::Disk;
 use dtloop_proto::message::{Verified, VolumeSync};
 use dtloop_proto::{Code, RecordKind};
 use dtloop_store::log::{LOG_BYTES_MAX, Log};
@@ -42,6 +42,7 @@ pub(super) enum Turn {
 
 /// Everything that only verifications need.
 pub(super) struct Verifier {
+    disk: Arc<dyn Disk>,
     log_path: PathBuf,
     log: Option<Log>,
     /// Hashes of the source's data by record, until they are compared.
@@ -53,9 +54,10 @@ pub(super) struct Verifier {
 }
 
 impl Verifier {
-    pub(super) fn new(log_path: PathBuf) -> Self {
-        let now = Instant::now();
+    pub(super) fn new(disk: Arc<dyn Disk>, log_path: PathBuf) -> Self {
+        let now = dtloop_runtime::now();
         Self {
+            disk,
             log_path,
             log: None,
             hashes: BTreeMap::new(),
@@ -68,7 +70,7 @@ impl Verifier {
 
     /// Appends to the log. One that cannot be written stops no verification: the findings are in the result as well.
     fn write(&mut self, set: &str, entries: &[VerifyEntry]) {
-        let open = |path| Log::open(Arc::new(RealDisk), path, LOG_BYTES_MAX);
+        let open = |path| Log::open(Arc::clone(&self.disk), path, LOG_BYTES_MAX);
         let log = match self.log.take() {
             Some(log) => Ok(log),
             None => open(&self.log_path),
@@ -228,7 +230,7 @@ impl Worker {
         self.last_verify.retain(|other| other.label != result.label);
         self.last_verify.push(result);
         let path = self.path.with_extension("verified");
-        if let Err(error) = dtloop_store::store(&path, &self.last_verify) {
+        if let Err(error) = dtloop_store::store_on(&*self.disk, &path, &self.last_verify) {
             tracing::error!(
                 "Set \"{}\": {:#}.",
                 self.config.name,
@@ -245,10 +247,10 @@ impl Worker {
 
     /// Begins or takes up a scheduled verification when it is time.
     pub(super) fn tend_timetable(&mut self, stream: &dyn CaptureStream) {
-        if self.planner.is_some() || self.verifier.looked.elapsed() < LOOK_EVERY {
+        if self.planner.is_some() || dtloop_runtime::elapsed(self.verifier.looked) < LOOK_EVERY {
             return;
         }
-        self.verifier.looked = Instant::now();
+        self.verifier.looked = dtloop_runtime::now();
         let Some(plan) = self.timetable().cloned() else {
             return;
         };
@@ -258,7 +260,7 @@ impl Worker {
             .job
             .as_ref()
             .and_then(|job| Some(job.started + job.finished?));
-        let rests = finished.is_some_and(|at| at.elapsed() < REST);
+        let rests = finished.is_some_and(|at| dtloop_runtime::elapsed(at) < REST);
         if rests || !self.resync.is_idle() || !self.verifier.outside.is_settled() {
             return;
         }
@@ -395,7 +397,7 @@ impl Worker {
         };
         let pace = self.verifier.pace.get_or_insert_with(|| Pace::new(rate));
         if pace.allows(
-            ms(self.verifier.began.elapsed()),
+            ms(dtloop_runtime::elapsed(self.verifier.began)),
             sectors * raw::SECTOR_BYTES,
         ) {
             Turn::Now

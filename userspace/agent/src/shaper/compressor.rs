@@ -72,7 +72,7 @@ impl Compressor {
             raw_bytes: 0,
             wire_bytes: 0,
             spent: Duration::ZERO,
-            mark: Instant::now(),
+            mark: dtloop_runtime::now(),
             batch: Batch::default(),
             counts: false,
         }
@@ -97,7 +97,7 @@ impl Compressor {
             self.adaptive = Adaptive::new(methods.len());
             self.methods = methods;
         }
-        self.mark = Instant::now();
+        self.mark = dtloop_runtime::now();
         self.batch = Batch::default();
     }
 
@@ -139,18 +139,18 @@ impl Compressor {
         if !self.counts {
             return Ok(());
         }
-        let begin = Instant::now();
+        let begin = dtloop_runtime::now();
         self.current = None;
         match self.plan() {
             Plan::Plain => return Ok(()),
             Plan::Sample(method) => {
                 outbox.gather(hold, SAMPLE_BYTES, &mut self.raw)?;
-                let begin = Instant::now();
+                let begin = dtloop_runtime::now();
                 let packed = self
                     .packer
                     .pack(self.methods[method], &self.raw, usize::MAX);
                 let packed = packed.map_or(self.raw.len(), <[u8]>::len);
-                let took = begin.elapsed();
+                let took = dtloop_runtime::elapsed(begin);
                 self.adaptive
                     .on_sample(method, self.raw.len(), packed, took);
             }
@@ -171,10 +171,10 @@ impl Compressor {
                 if let Some(packed) = packed {
                     outbox.set_packed(session, &packed);
                 }
-                self.batch.packing += begin.elapsed();
+                self.batch.packing += dtloop_runtime::elapsed(begin);
             }
         }
-        self.spent += begin.elapsed();
+        self.spent += dtloop_runtime::elapsed(begin);
         Ok(())
     }
 
@@ -185,8 +185,8 @@ impl Compressor {
         if !std::mem::take(&mut self.counts) {
             return;
         }
-        self.batch.busy = self.mark.elapsed();
-        self.mark = Instant::now();
+        self.batch.busy = dtloop_runtime::elapsed(self.mark);
+        self.mark = dtloop_runtime::now();
         let batch = std::mem::take(&mut self.batch);
         if self.configured == Compression::Adaptive {
             self.adaptive.on_batch(&batch);

@@ -3,13 +3,15 @@
 //! The bandwidth limit of a set: schedule and override, kept by a token bucket.
 
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::Duration;
 
 use dtloop_api::{Bandwidth, BandwidthChange, Failure, FailureCode, LimitSource};
 use dtloop_core::rate::{Bucket, Limit};
 use dtloop_core::schedule::{
     Current, Ends, Governor, LocalClock, LocalMinute, Schedule, Source, parse_time,
 };
+use dtloop_disk::Disk;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
@@ -39,9 +41,7 @@ impl LocalClock for SystemClock {
 }
 
 fn unix_s() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let since = dtloop_runtime::unix_time();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
@@ -55,9 +55,9 @@ struct Kept {
 }
 
 /// See the module documentation.
-#[derive(Debug)]
 pub(super) struct Throttle {
     set: String,
+    disk: Arc<dyn Disk>,
     path: PathBuf,
     governor: Governor,
     bucket: Bucket,
@@ -68,9 +68,10 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    pub(super) fn new(set: &str, schedule: Schedule, path: PathBuf) -> Self {
+    pub(super) fn new(disk: Arc<dyn Disk>, set: &str, schedule: Schedule, path: PathBuf) -> Self {
         let mut throttle = Self {
             set: set.to_owned(),
+            disk,
             path,
             governor: Governor::new(schedule),
             bucket: Bucket::new(Limit::UNLIMITED, Duration::ZERO),
@@ -89,7 +90,7 @@ impl Throttle {
     }
 
     fn load(&mut self) {
-        match dtloop_store::load::<Kept>(&self.path) {
+        match dtloop_store::load_on::<Kept>(&*self.disk, &self.path) {
             Ok(Some(kept)) => {
                 let limit = kept.rate.map_or(Limit::UNLIMITED, Limit::bytes_per_s);
                 let ends = kept.until.map_or(Ends::Never, Ends::At);
@@ -134,7 +135,7 @@ impl Throttle {
 
     fn forget(&mut self) {
         self.kept = false;
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        if let Err(error) = self.disk.remove(&self.path) {
             if error.kind() != std::io::ErrorKind::NotFound {
                 tracing::error!("Cannot remove {}: {error}.", self.path.display());
             }
@@ -192,7 +193,7 @@ impl Throttle {
                         rate: limit.rate(),
                         until: at,
                     };
-                    dtloop_store::store(&self.path, &kept).map_err(|error| {
+                    dtloop_store::store_on(&*self.disk, &self.path, &kept).map_err(|error| {
                         let message = format!("{:#}.", anyhow::Error::from(error));
                         Failure::new(FailureCode::Internal, message)
                     })?;
@@ -272,13 +273,14 @@ impl Until {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dtloop_disk::RealDisk;
 
     fn throttle(dir: &std::path::Path) -> Throttle {
         let schedule = Schedule {
             base: "20MiB/s".parse().unwrap(),
             entries: vec![],
         };
-        Throttle::new("db", schedule, dir.join("db.bandwidth"))
+        Throttle::new(Arc::new(RealDisk), "db", schedule, dir.join("db.bandwidth"))
     }
 
     fn limit(limit: &str, until: Option<&str>, keep: bool) -> BandwidthChange {

@@ -3,14 +3,14 @@
 //! The set's thread's end of the disk queue.
 
 use std::path::Path;
-use std::sync::{Arc, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dtloop_abi::CaptureStream;
 use dtloop_core::ladder::{Ladder, QueueHealth};
 use dtloop_core::spool::{Batch, Place};
 use dtloop_journal::Position;
+use dtloop_runtime::JoinHandle;
 
 use super::{Shared, Spooler};
 use crate::config::QueueConfig;
@@ -59,12 +59,11 @@ impl QueueHandle {
     ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::new(ladder));
         let spooler = Spooler::new(set, &shared, home.clone(), stream, begin);
-        let thread = std::thread::Builder::new().name(format!("queue {set}"));
         Ok(Self {
             shared,
             reader: QueueReader::new(home.clone()),
             home,
-            thread: Some(thread.spawn(move || spooler.run())?),
+            thread: Some(dtloop_runtime::spawn(&format!("queue {set}"), move || spooler.run())?),
             told: 0,
         })
     }
@@ -78,7 +77,7 @@ impl QueueHandle {
 
     fn end(&mut self) {
         self.shared.lock().stop = true;
-        self.shared.changed.notify_all();
+        dtloop_runtime::notify_all(&self.shared.changed);
         if let Some(thread) = self.thread.take() {
             if thread.join().is_err() {
                 tracing::error!("The thread of a disk queue ended with a panic.");
@@ -89,18 +88,18 @@ impl QueueHandle {
     /// Waits until it is known what is in the queue, or that has been waited for long enough. False: it is not yet.
     #[must_use]
     pub fn await_ready(&self, timeout: Duration) -> bool {
-        let begin = Instant::now();
+        let begin = dtloop_runtime::now();
         let mut inner = self.shared.lock();
         loop {
-            if inner.found || inner.found_at.elapsed() > READY_PATIENCE {
+            if inner.found || dtloop_runtime::elapsed(inner.found_at) > READY_PATIENCE {
                 return true;
             }
-            let left = timeout.saturating_sub(begin.elapsed());
+            let left = timeout.saturating_sub(dtloop_runtime::elapsed(begin));
             if left.is_zero() {
                 return false;
             }
-            let waited = self.shared.changed.wait_timeout(inner, left);
-            inner = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let (changed, mutex) = (&self.shared.changed, &self.shared.inner);
+            inner = dtloop_runtime::wait_timeout(changed, mutex, inner, left);
         }
     }
 

@@ -2,6 +2,7 @@
 
 //! Applying batches, and replaying the journal.
 
+use dtloop_canary::Canary;
 use dtloop_core::apply::{Action, action};
 use dtloop_core::set::Phase;
 use dtloop_proto::message::{Marker, Mismatch, Verified};
@@ -33,6 +34,7 @@ impl Applier {
     ///
     /// [`Pause`].
     pub fn replay(&mut self) -> Result<(), Pause> {
+        self.harden_journal()?;
         self.open_volumes();
         self.replaying = true;
         let from = self.state.applied_seq;
@@ -48,6 +50,17 @@ impl Applier {
             );
         }
         self.checkpoint()
+    }
+
+    /// What is replayed must not be gone after a power cut while its effects on the volumes are not.
+    fn harden_journal(&mut self) -> Result<(), Pause> {
+        if self.hardened || dtloop_canary::bites(Canary::ReplayedUnsynced) {
+            return Ok(());
+        }
+        let failed = |error| complaint(Code::JOURNAL_IO, "The journal cannot be made durable", &error);
+        self.reader_from(self.applied).harden().map_err(failed)?;
+        self.hardened = true;
+        Ok(())
     }
 
     fn replay_all(&mut self) -> Result<(), Pause> {

@@ -41,6 +41,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
+use dtloop_canary::Canary;
 use dtloop_core::binding::{Refusal, check_label};
 use dtloop_core::chain::Link;
 use dtloop_core::parallel::Schedule;
@@ -79,9 +80,20 @@ pub struct Saved {
     pub overlays: BTreeMap<String, u64>,
 }
 
+/// The last record that is in the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Durable {
+    /// Of which stream.
+    pub stream_uuid: Uuid,
+    /// Its number.
+    pub seq: u64,
+}
+
 /// What the session gets when a source may ship.
 #[derive(Clone, Debug)]
 pub struct Entered {
+    /// The record that is expected next.
+    pub next_seq: u64,
     /// How it was received.
     pub admission: Admission,
     /// The stream that was known before.
@@ -107,7 +119,7 @@ pub enum Command {
         /// What it said.
         hello: Box<Hello>,
         /// Last durable record.
-        durable_seq: u64,
+        durable: Durable,
         /// Where the answer goes.
         reply: Sender<Result<Entered, Refusal>>,
     },
@@ -241,6 +253,10 @@ pub struct Applier {
     findings: Findings,
     replaying: bool,
     told_staging: Duration,
+    /// A stream that was taken up without its source being told, and what it will be told of the time before.
+    taken_up: Option<(Uuid, Past)>,
+    /// What is replayed is durable.
+    hardened: bool,
 }
 
 impl Applier {
@@ -262,7 +278,16 @@ impl Applier {
             checkpoint: Position::default(),
             overlays: BTreeMap::new(),
         };
-        let saved: Saved = state_file::load_on(&*disk, &dir.join("state"))?.unwrap_or_else(fresh);
+        let path = dir.join("state");
+        let found: Option<Saved> = state_file::load_on(&*disk, &path)?;
+        if let Some(saved) = &found {
+            // It may be in memory only, where a program that was killed had just put it: after a power cut there would be
+            // the one before it, and what is done on its word, be it that an overlay is removed, would stay.
+            if !dtloop_canary::bites(Canary::StateUnsynced) {
+                state_file::store_on(&*disk, &path, saved)?;
+            }
+        }
+        let saved = found.unwrap_or_else(fresh);
         let staging = &settings.staging;
         let area = staging.dir.as_ref().map_or_else(
             || dir.join("staging"),
@@ -293,6 +318,8 @@ impl Applier {
             findings: Findings::new(disk, dir.join("verify.log")),
             replaying: false,
             told_staging: Duration::ZERO,
+            taken_up: None,
+            hardened: false,
         };
         applier.open_overlays()?;
         Ok(applier)
@@ -361,26 +388,44 @@ impl Applier {
     ///
     /// # Errors
     ///
-    /// [`Pause`].
+    /// [`Pause`]. The source may be taken up already then, which its session does not know: it speaks of what it received
+    /// before, and the next call goes on with what was taken up.
     pub fn enter(
         &mut self,
         hello: &Hello,
-        durable_seq: u64,
+        durable: Durable,
     ) -> Result<Result<Entered, Refusal>, Pause> {
         // Volumes may be closed now: what was written to them must be durable, and what is
         // written again later must find them as they are.
         self.checkpoint()?;
-        let mut entered = self.take_up(hello, durable_seq);
+        let mut entered = self.take_up(hello, durable);
+        if let Ok(entered) = &entered {
+            self.taken_up = Some((hello.stream_uuid, entered.past.clone()));
+        }
         self.checkpoint()?;
+        self.taken_up = None;
         if let Ok(entered) = &mut entered {
             entered.staging = self.staging_phase();
         }
         Ok(entered)
     }
 
-    fn take_up(&mut self, hello: &Hello, durable_seq: u64) -> Result<Entered, Refusal> {
+    fn take_up(&mut self, hello: &Hello, durable: Durable) -> Result<Entered, Refusal> {
         let known_stream = self.state.stream_uuid;
-        let past = self.state.past(&hello.devices, durable_seq);
+        // Of a stream that was taken up and whose source was not told, nothing has been received.
+        let durable_seq = if durable.stream_uuid == known_stream
+            || dtloop_canary::bites(Canary::HalfTakenUp)
+        {
+            durable.seq
+        } else {
+            self.state.applied_seq
+        };
+        let taken_up = self.taken_up.take();
+        let past = taken_up.filter(|(stream, _)| *stream == hello.stream_uuid);
+        let past = match past {
+            Some((_, past)) => past,
+            None => self.state.past(&hello.devices, durable_seq),
+        };
         let admission = self.admit(hello, durable_seq)?;
         self.state.enter(hello, admission);
         if admission != Admission::Resume {
@@ -394,7 +439,13 @@ impl Applier {
             .state
             .lost
             .map_or((0, 0), |lost| (lost.from, lost.last));
+        let next_seq = match admission {
+            Admission::Resume => durable_seq + 1,
+            Admission::NewStream => hello.first_seq,
+            Admission::Hole { to, .. } => to,
+        };
         Ok(Entered {
+            next_seq,
             admission,
             known_stream,
             lost,
@@ -454,12 +505,17 @@ impl Applier {
                 self.volumes.insert(offer.device, volume);
             }
             Err(refusal) => {
-                tracing::error!("Device {} of set \"{set}\": {refusal}.", offer.device);
                 let label = if offer.label.is_empty() {
                     format!("device-{}", offer.device)
                 } else {
                     offer.label.clone()
                 };
+                let known = self.state.volumes.get(&label);
+                let known = known.and_then(|volume| volume.refused.as_ref());
+                // It is offered again and again while what can pass lasts.
+                if known.is_none_or(|(_, text)| *text != refusal.text) {
+                    tracing::error!("Device {} of set \"{set}\": {refusal}.", offer.device);
+                }
                 self.state
                     .bind(&label, offer.device, offer.sectors, Some(&refusal));
             }

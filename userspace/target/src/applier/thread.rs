@@ -110,7 +110,7 @@ impl Thread<'_> {
         } else {
             TICK
         };
-        match self.commands.recv_timeout(wait) {
+        match dtloop_runtime::receive_timeout(self.commands, wait) {
             Ok(command) => self.queue.push_back(command),
             Err(RecvTimeoutError::Timeout) => self.applier.watch_volumes(),
             Err(RecvTimeoutError::Disconnected) => self.queue.push_back(Command::Stop),
@@ -129,25 +129,25 @@ impl Thread<'_> {
                 self.applier.note_speed(&batch, began);
                 batch.items.clear();
                 // The session may have ended; then nobody needs the buffer.
-                let _ = self.buffers.send(batch);
+                let _ = dtloop_runtime::post(self.buffers, batch);
                 self.look_ahead();
             }
             Command::Enter {
                 hello,
-                durable_seq,
+                durable,
                 reply,
-            } => match self.applier.enter(&hello, durable_seq) {
+            } => match self.applier.enter(&hello, durable) {
                 Ok(entered) => {
-                    let _ = reply.send(entered);
+                    let _ = dtloop_runtime::post(&reply, entered);
                 }
                 Err(Pause::Blocked(complaint)) => {
-                    let _ = reply.send(Err(refusal(&complaint)));
+                    let _ = dtloop_runtime::post(&reply, Err(refusal(&complaint)));
                     return Err(Pause::Blocked(complaint));
                 }
                 Err(pause) => {
                     self.queue.push_front(Command::Enter {
                         hello,
-                        durable_seq,
+                        durable,
                         reply,
                     });
                     return Err(pause);
@@ -199,7 +199,7 @@ impl Thread<'_> {
             if parts.flags.must_end() {
                 return Go::End;
             }
-            std::thread::sleep(TICK / 4);
+            dtloop_runtime::sleep(TICK / 4);
         }
         if parts.clock.now().saturating_sub(self.alive_told) >= ALIVE_EVERY {
             self.alive_told = parts.clock.now();
@@ -217,7 +217,7 @@ impl Thread<'_> {
         }
         self.queue.retain(|command| {
             if let Command::Enter { reply, .. } = command {
-                let _ = reply.send(Err(refusal(complaint)));
+                let _ = dtloop_runtime::post(reply, Err(refusal(complaint)));
                 return false;
             }
             true

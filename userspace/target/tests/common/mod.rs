@@ -313,7 +313,7 @@ impl Lab {
         let worker =
             Worker::new(config, &state_dir, source_id, streams, Arc::clone(&shared)).unwrap();
         let worker = match &self.queue_disk {
-            Some(disk) => worker.with_disk(Arc::clone(disk)),
+            Some(disk) => worker.with_queue_disk(Arc::clone(disk)),
             None => worker,
         };
         let thread = std::thread::spawn(move || worker.run());

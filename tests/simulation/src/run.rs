@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! A schedule: what applications, operators and misfortune do, drawn from a seed; in the end everything works again, and
+//! the copy must become identical by itself.
+
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Duration;
+
+use corosensei::stack::DefaultStack;
+use dtloop_abi::raw;
+use dtloop_agent::config::Compression;
+use dtloop_api::{Connection, DeviceState, Failure};
+use dtloop_core::mirror::JobKind;
+use dtloop_target::config::ResyncPolicy;
+
+use crate::kernel::Kernel;
+use crate::random::Random;
+use crate::source::{Ask, Source};
+use crate::target::Target;
+use crate::world::{Machine, Weather, World, enter};
+
+/// The copy is identical this soon after everything works again.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+const EIO: i32 = 5;
+
+/// What a schedule was made of, for the report.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Figures {
+    pub turns: u64,
+    pub simulated: Duration,
+    pub crashes: u64,
+    pub inspections: u64,
+}
+
+struct Run {
+    world: std::rc::Rc<World>,
+    random: Random,
+    source: Source,
+    target: Target,
+    sizes: Vec<u64>,
+    descs: u32,
+    counter: u64,
+    /// The first mirror has begun.
+    begun: bool,
+    /// What the agent says to a request for it.
+    answer: Option<Receiver<Result<u64, Failure>>>,
+    figures: Figures,
+    /// Highest record that the agent gave back, by what the target or the queue had.
+    released: ([u8; 16], u64),
+}
+
+/// Runs the schedule of a seed.
+///
+/// # Errors
+///
+/// What is wrong.
+pub fn run(seed: u64, traces: bool, stacks: &mut Vec<DefaultStack>) -> Result<Figures, String> {
+    let world = World::new(seed, traces, std::mem::take(stacks));
+    enter(Some(std::rc::Rc::clone(&world)));
+    let mut run = Run::new(seed, traces, std::rc::Rc::clone(&world));
+    let result = run.all();
+    world.end(Machine::Source, true);
+    world.end(Machine::Target, true);
+    let figures = Figures {
+        turns: world.turns(),
+        simulated: world.time(),
+        ..run.figures
+    };
+    drop(run);
+    *stacks = world.take_stacks();
+    enter(None);
+    result.map(|()| figures)
+}
+
+impl Run {
+    fn new(seed: u64, traces: bool, world: std::rc::Rc<World>) -> Self {
+        let mut random = Random::new(seed ^ 0x5eed);
+        let sizes: Vec<u64> = match random.below(4) {
+            0 => vec![300, 64],
+            1 => vec![136],
+            2 => vec![40, 40],
+            _ => vec![300],
+        };
+        let descs = if random.one_in(2) { 16 } else { 64 };
+        let tracks = !random.one_in(4);
+        let kernel = Kernel::new(&mut random, &sizes, tracks, descs);
+        if traces {
+            kernel.keep_all();
+        }
+        let queue = (!random.one_in(3)).then_some((3 + random.below(3)) * (1280 << 10));
+        let compression = if random.one_in(4) { Compression::Lz4 } else { Compression::Off };
+        let source = Source::new(random.draw(), kernel, queue, random.one_in(3), compression);
+        let resync = if random.one_in(4) { ResyncPolicy::InPlace } else { ResyncPolicy::Staged };
+        let target = Target::new(random.draw(), &sizes, resync);
+        Self {
+            world,
+            random,
+            source,
+            target,
+            sizes,
+            descs,
+            counter: 0,
+            begun: false,
+            answer: None,
+            figures: Figures::default(),
+            released: ([0; 16], 0),
+        }
+    }
+
+    fn all(&mut self) -> Result<(), String> {
+        self.source.start(&self.world);
+        self.target.start(&self.world);
+        for _ in 0..self.random.below(6) {
+            self.change();
+        }
+        self.pass(Duration::from_millis(300));
+        if !self.random.one_in(6) {
+            self.begin();
+        }
+        let steps = 4 + self.random.below(24);
+        for _ in 0..steps {
+            self.step()?;
+        }
+        self.mend();
+        self.converge()
+    }
+
+    fn say(&self, text: impl FnOnce() -> String) {
+        self.world.trace(text);
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.world.run_until(self.world.time() + time);
+        self.note_released();
+    }
+
+    fn note_released(&mut self) {
+        let (stream, released) = (self.source.kernel.uuid(), self.source.kernel.released());
+        if self.released.0 != stream {
+            self.released = (stream, 0);
+        }
+        self.released.1 = self.released.1.max(released);
+        match self.answer.as_ref().map(Receiver::try_recv) {
+            None | Some(Err(TryRecvError::Empty)) => {}
+            Some(answer) => {
+                self.say(|| format!("agent: answers {answer:?}"));
+                self.begun |= matches!(answer, Ok(Ok(_)));
+                self.answer = None;
+            }
+        }
+    }
+
+    /// Some turns, without much time.
+    fn turns(&mut self, count: u64) {
+        let limit = self.world.time() + Duration::from_secs(2);
+        for _ in 0..count {
+            if !self.world.turn(limit) {
+                break;
+            }
+        }
+        self.note_released();
+    }
+
+    fn begin(&mut self) {
+        let kind = if self.random.one_in(2) { JobKind::Full } else { JobKind::Difference };
+        self.say(|| format!("operator: mirror, {kind:?}"));
+        self.answer = self.source.ask(&self.world, Ask::Start(kind));
+    }
+
+    fn change(&mut self) {
+        let device = self.random.below(self.sizes.len() as u64) as usize;
+        let size = self.sizes[device];
+        let most = if self.random.one_in(8) { 64 } else { 12 };
+        let sectors = 1 + self.random.below(most);
+        // Half of them in one place: they overlap.
+        let span = if self.random.one_in(2) { size.min(40) } else { size };
+        let start = self.random.below(span.saturating_sub(sectors) + 1).min(size - sectors.min(size));
+        let sectors = sectors.min(size - start);
+        self.counter += 1;
+        let late = self.random.one_in(6);
+        match self.random.below(12) {
+            0..2 => {
+                self.say(|| format!("flush vol{device}"));
+                self.source.kernel.change(device, raw::OP_FLUSH, 0, 0, &[], false);
+            }
+            2 => {
+                self.say(|| format!("zero vol{device} {start}+{sectors}"));
+                self.source.kernel.change(device, raw::OP_WRITE_ZEROES, start, sectors, &[], late);
+            }
+            _ => {
+                let counter = self.counter;
+                self.say(|| format!("write vol{device} {start}+{sectors}, number {counter}"));
+                let payload = counter.to_le_bytes().repeat(sectors as usize * 64);
+                self.source.kernel.change(device, raw::OP_WRITE, start, sectors, &payload, late);
+            }
+        }
+        self.world.happen();
+    }
+
+    fn step(&mut self) -> Result<(), String> {
+        match self.random.below(100) {
+            0..34 => {
+                let count = if self.random.one_in(12) { 80 } else { 1 + self.random.below(6) };
+                for _ in 0..count {
+                    self.change();
+                    if self.random.one_in(3) {
+                        let turns = self.random.below(12);
+                        self.turns(turns);
+                    }
+                }
+            }
+            34..52 => {
+                let ms = match self.random.below(8) {
+                    0 => 4000 + self.random.below(30_000),
+                    1..4 => 200 + self.random.below(2000),
+                    _ => self.random.below(60),
+                };
+                self.pass(Duration::from_millis(ms));
+            }
+            52..64 => {
+                let turns = self.random.below(120);
+                self.turns(turns);
+            }
+            64..68 => self.kill_agent(),
+            68..71 => self.power_cut_source()?,
+            71..75 => self.kill_target(false)?,
+            75..79 => self.kill_target(true)?,
+            79..86 => self.network(),
+            86..90 => self.inspect(true)?,
+            90..94 => self.disks(),
+            94..96 => self.operate(),
+            96 => {
+                self.say(|| "changes that were under way end".to_owned());
+                self.source.kernel.finish_open(&mut self.random);
+                self.world.happen();
+            }
+            97 => {
+                let machine = if self.random.one_in(2) { Machine::Source } else { Machine::Target };
+                let (ahead, by) = (self.random.one_in(2), 1 + self.random.below(100_000));
+                self.say(|| format!("{machine:?}: the clock is set, {by} s, ahead: {ahead}"));
+                self.world.set_clock(machine, ahead, Duration::from_secs(by));
+            }
+            98 => {
+                if !self.source.is_running() {
+                    return Ok(());
+                }
+                self.say(|| "agent: is asked to end".to_owned());
+                self.source.stop(&self.world);
+                self.pass(Duration::from_millis(500));
+                self.source.kill(&self.world);
+            }
+            _ => {
+                self.say(|| "source: the module is loaded anew".to_owned());
+                self.source.kill(&self.world);
+                self.source.kernel.finish_open(&mut self.random);
+                self.source.kernel.reload(&mut self.random, self.descs);
+            }
+        }
+        // What is down does not stay so for ever.
+        if !self.source.is_running() && self.random.one_in(2) {
+            self.say(|| "agent: starts".to_owned());
+            self.source.start(&self.world);
+        }
+        if !self.target.is_running() && self.random.one_in(2) {
+            self.say(|| "target: starts".to_owned());
+            self.target.start(&self.world);
+        }
+        if !self.begun && self.random.one_in(8) {
+            self.begin();
+        }
+        Ok(())
+    }
+
+    fn kill_agent(&mut self) {
+        self.say(|| "agent: killed".to_owned());
+        self.figures.crashes += 1;
+        self.source.kill(&self.world);
+        self.note_released();
+    }
+
+    fn power_cut_source(&mut self) -> Result<(), String> {
+        self.say(|| "source: power cut".to_owned());
+        self.figures.crashes += 1;
+        self.note_released();
+        self.source.lose_power(&self.world);
+        self.source.kernel.power_cut(&mut self.random, self.descs);
+        Ok(())
+    }
+
+    fn kill_target(&mut self, power: bool) -> Result<(), String> {
+        self.say(|| format!("target: killed, power {power}"));
+        self.figures.crashes += 1;
+        self.note_released();
+        // Before, so that what is wrong is seen on the disk as it was.
+        self.inspect(power)?;
+        self.target.end(&self.world, power);
+        Ok(())
+    }
+
+    fn inspect(&mut self, power: bool) -> Result<(), String> {
+        self.figures.inspections += 1;
+        let found = self.target.inspect(&self.source.kernel, &mut self.random, power)?;
+        self.say(|| format!("target: would be at record {} after a crash", found.applied));
+        let (stream, released) = self.released;
+        if !self.source.has_queue() && found.stream == stream && found.applied + 1 < released {
+            return Err(format!(
+                "records below {released} were given back, and the target has only those up to {}",
+                found.applied
+            ));
+        }
+        Ok(())
+    }
+
+    fn network(&mut self) {
+        let latency = if self.random.one_in(4) {
+            (Duration::from_millis(50), Duration::from_millis(900))
+        } else {
+            (Duration::from_micros(100), Duration::from_millis(2))
+        };
+        let cut = match self.random.below(4) {
+            0 => true,
+            1 => false,
+            _ => self.world.weather().cut,
+        };
+        self.say(|| format!("network: cut {cut}, latency {latency:?}"));
+        self.world.set_weather(Weather { cut, latency });
+        if self.random.one_in(2) {
+            self.say(|| "network: connections are reset".to_owned());
+            self.world.reset_connections();
+        }
+    }
+
+    fn disks(&mut self) {
+        let (after, times) = (self.random.below(20), 1 + self.random.below(6));
+        match self.random.below(4) {
+            0 => {
+                self.say(|| format!("queue: fails {times} times, after {after}"));
+                self.source.queue_disk.fail(after, times, EIO);
+            }
+            1 => {
+                self.say(|| "queue: is full".to_owned());
+                self.source.queue_disk.set_capacity(0);
+            }
+            2 => {
+                self.say(|| format!("target's disk: fails {times} times, after {after}"));
+                self.target.disk.fail(after, times, EIO);
+            }
+            _ => {
+                self.say(|| "target's disk: is full".to_owned());
+                self.target.disk.set_capacity(0);
+            }
+        }
+    }
+
+    fn operate(&mut self) {
+        let ask = match self.random.below(6) {
+            0 => Ask::Start(JobKind::Full),
+            1 => Ask::Start(JobKind::Difference),
+            2 => Ask::Start(JobKind::Verify { repair: true }),
+            3 => Ask::Pause(true),
+            4 => Ask::Stop,
+            _ => Ask::InPlace,
+        };
+        self.say(|| format!("operator: {ask:?}"));
+        // Whoever stops a mirror begins it again.
+        if matches!(ask, Ask::Stop) {
+            (self.begun, self.answer) = (false, None);
+        }
+        let answer = self.source.ask(&self.world, ask);
+        if matches!(ask, Ask::Start(JobKind::Full | JobKind::Difference)) {
+            self.answer = answer;
+        }
+    }
+
+    /// Everything works again.
+    fn mend(&mut self) {
+        self.say(|| "everything works again".to_owned());
+        self.world.set_weather(Weather {
+            cut: false,
+            latency: (Duration::from_micros(100), Duration::from_millis(2)),
+        });
+        self.source.kernel.finish_open(&mut self.random);
+        for disk in [&self.source.disk, &self.source.queue_disk, &self.target.disk] {
+            disk.heal();
+            disk.set_capacity(1 << 40);
+        }
+        if !self.source.is_running() {
+            self.source.start(&self.world);
+        }
+        if !self.target.is_running() {
+            self.target.start(&self.world);
+        }
+        let _ = self.source.ask(&self.world, Ask::Pause(false));
+        self.pass(Duration::from_secs(1));
+    }
+
+    fn converge(&mut self) -> Result<(), String> {
+        let limit = self.world.time() + PATIENCE;
+        loop {
+            self.pass(Duration::from_millis(500));
+            let snapshot = self.source.snapshot().ok_or("the agent is gone")?;
+            if snapshot.settled && self.is_quiet() {
+                break;
+            }
+            if self.world.time() > limit {
+                let devices: Vec<_> = snapshot.status.devices.iter().map(|device| (&device.label, &device.state, &device.reason)).collect();
+                return Err(format!(
+                    "it does not become in sync again: {:?}, {devices:?}, job {:?}",
+                    snapshot.status.connection,
+                    snapshot.job.map(|job| job.state)
+                ));
+            }
+            let stuck = snapshot.status.devices.iter().any(|device| matches!(device.state, DeviceState::MirrorNeeded));
+            let connected = matches!(snapshot.status.connection, Connection::Connected { .. });
+            if stuck && connected && !self.begun && self.answer.is_none() {
+                self.begin();
+            }
+        }
+        for device in 0..self.sizes.len() {
+            let label = format!("vol{device}");
+            let volume = self.target.volume(&label).ok_or_else(|| format!("{label} is not there"))?;
+            let content = self.source.kernel.content(device);
+            let differs = volume.chunks(512).zip(content.chunks(512)).position(|(a, b)| a != b);
+            if let Some(sector) = differs {
+                return Err(format!("\"{label}\" is in sync, and differs at sector {sector}"));
+            }
+        }
+        self.inspect(true)
+    }
+
+    /// Nothing of the target's staging area is left, so the volumes themselves hold the copy.
+    fn is_quiet(&self) -> bool {
+        let snapshot = self.source.snapshot();
+        snapshot.is_some_and(|snapshot| {
+            snapshot.status.staging.is_none()
+                && snapshot.status.backlog_records == 0
+                && snapshot.status.applied_seq == snapshot.status.next_seq
+        })
+    }
+}
