@@ -110,7 +110,9 @@ impl Worker {
         // knows which of device and copy is newer.
         let by_itself = |device: &DeviceStatus| {
             let memory = self.memory.devices.get(&device.label);
-            memory.is_some_and(|memory| (memory.mirrored_once || memory.wanted) && memory.doubt.is_none())
+            memory.is_some_and(|memory| {
+                (memory.mirrored_once || memory.wanted) && memory.doubt.is_none()
+            })
         };
         let stuck = |device: &&DeviceStatus| match device.state {
             DeviceState::Error | DeviceState::VerifyNeeded { .. } => true,
