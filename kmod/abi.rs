@@ -756,7 +756,8 @@ const _: () = assert!(size_of::<IntentStatus>() == 352);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct IntentClear {
-    /// In: the target has every record below this durably.
+    /// In: the target has every record below this durably, and so have the disks behind the devices, past their caches: the
+    /// module does not flush them. What a disk loses with its power is found by its mark only.
     pub acked: u64,
     /// Out: version of the file that is on disk.
     pub version: u64,

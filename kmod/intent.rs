@@ -24,9 +24,9 @@
 //! # When a mark may go
 //!
 //! Rounds follow each other. At round *k* a mark goes if its region was not touched since round *k-1*, everything in
-//! the stream before the end of round *k-1* is durable on the target, no block of it is dirty, and it is not suspect. Then
-//! every change of the region has a number from before the end of round *k-1*, so the target has it; or it is not in the
-//! stream, and then it left a dirty block, which only a SYNC read clears: that touches the region as well.
+//! the stream before the end of round *k-1* is durable on the target and on the disk, no block of it is dirty, and it is not
+//! suspect. Then every change of the region has a number from before the end of round *k-1*, so both sides have it; or it is not
+//! in the stream, and then it left a dirty block, which only a SYNC read clears: that touches the region as well.
 
 use core::ops::DerefMut;
 

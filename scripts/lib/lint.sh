@@ -50,6 +50,19 @@ lint_no_machine() {
     ! git -C "$REPO" grep -nIE "$REPO/|$CACHE/${hosts:+|$hosts}" -- . ':!*Cargo.lock'
 }
 
+# The tests that the documents name for a guarantee or a fault exist. Names of four words and more are taken for tests; the
+# module's design names some of the kernel's own.
+lint_named_tests() {
+    local missing
+    missing=$(comm -23 \
+        <(git -C "$REPO" grep -ohE '`[a-z0-9]+(_[a-z0-9]+){3,}`' -- '*.md' ':!kmod/*' | tr -d '`' | sort -u) \
+        <(tracked '*.rs' | sed "s#^#$REPO/#" | xargs -r grep -ohE 'fn [a-z0-9_]+' | cut -d' ' -f2 | sort -u))
+    if [ -n "$missing" ]; then
+        printf 'Named in a document, but no test:\n%s\n' "$missing"
+        return 1
+    fi
+}
+
 tracked() { git -C "$REPO" ls-files --cached --others --exclude-standard -- "$@" | sort -u; }
 
 shell_scripts() {
@@ -61,4 +74,4 @@ shell_scripts() {
     done
 }
 
-LINTS=(format_userspace format_module clippy_userspace clippy_module shellcheck licence no_machine)
+LINTS=(format_userspace format_module clippy_userspace clippy_module shellcheck licence no_machine named_tests)

@@ -13,7 +13,6 @@ use dtloop_abi::{
     BackingBlocks, CaptureStream, Error, Extent, Operation, Result, Ring, SyncRequest, raw,
 };
 
-use dtloop_canary::Canary;
 
 use crate::history::{Digest, History};
 use crate::random::Random;
@@ -170,9 +169,6 @@ impl Model {
         let due = match &self.round {
             None => true,
             Some(round) if acked >= round.end && now >= round.began + ROUND => {
-                if !dtloop_canary::bites(Canary::MarksGoUnflushed) {
-                    self.flush_disks();
-                }
                 let mut gone = false;
                 for at in 0..self.devices.len() {
                     let (id, marked) = (self.devices[at].id, self.devices[at].marked.clone());
@@ -460,6 +456,30 @@ struct Opened {
     stream: FakeStream,
 }
 
+/// The disk behind a device.
+struct Disk {
+    disk: Box<dyn BackingBlocks>,
+    kernel: Kernel,
+    device: u32,
+}
+
+impl BackingBlocks for Disk {
+    fn read(&self, offset: u64, block: &mut [u8]) -> std::io::Result<()> {
+        crate::world::preempt_current();
+        self.disk.read(offset, block)
+    }
+
+    fn settle(&self) -> std::io::Result<()> {
+        crate::world::preempt_current();
+        let mut model = self.kernel.model();
+        let mut devices = model.devices.iter_mut();
+        if let Some(device) = devices.find(|device| device.id == self.device) {
+            device.flush();
+        }
+        Ok(())
+    }
+}
+
 fn gone(operation: Operation) -> Error {
     Error::Refused {
         operation,
@@ -481,7 +501,12 @@ impl Opened {
 
 impl CaptureStream for Opened {
     fn backing(&self, device: &raw::DeviceStatus) -> Option<Box<dyn BackingBlocks>> {
-        self.stream.backing(device)
+        let disk = self.stream.backing(device)?;
+        Some(Box::new(Disk {
+            disk,
+            kernel: self.kernel.clone(),
+            device: device.device_id,
+        }))
     }
 
     fn status(&self) -> Result<raw::StreamStatus> {

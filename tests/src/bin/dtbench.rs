@@ -140,7 +140,7 @@ impl Target {
 fn attach(vm: &Vm, intent: &str) -> Result<String> {
     vm.sh(format!(
         "modprobe dtloop; dtloop attach /dev/ram0 --loop 150 --volume bench --intent {intent} --region-size 64K >/dev/null
-         udevadm settle
+         dtguest settle
          dtdrain run --set default --discard >/tmp/drained 2>&1 & echo $! >/run/drain.pid"
     ))?;
     Ok("/dev/loop150".into())

@@ -264,7 +264,7 @@ impl Demo {
             .put("/etc/DT/dtloop.toml", AGENT_CONFIG.as_bytes())?;
         let disk = &self.disk;
         self.source.sh(format!(
-            "modprobe dtloop; dtloop attach {disk} --loop 1 --volume pgdata; udevadm settle"
+            "modprobe dtloop; dtloop attach {disk} --loop 1 --volume pgdata; dtguest settle"
         ))?;
         let code = self.target.sh("dttarget invite")?;
         self.say(format!("target: dttarget invite -> {code}"));

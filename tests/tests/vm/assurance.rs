@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use dtloop_tests::{note, patience, wait_until};
+use serde_json::Value;
 
 use crate::replication_rig::{IMAGE, Rig};
 
@@ -21,7 +22,14 @@ fn wait_reason(rig: &Rig, part: &str) -> Result<()> {
         last = reason(rig)?;
         Ok(last.contains(part))
     });
-    said.with_context(|| format!("it says: {last}"))
+    if said.is_err() {
+        bail!(
+            "it says not \"{part}\" but \"{last}\": {}\n{}",
+            rig.status()?,
+            rig.logs()?
+        );
+    }
+    said
 }
 
 /// Until the last record is proven; gives the record since which the chain is unbroken.
@@ -231,7 +239,7 @@ fn a_swapped_target_disk_is_not_written_to() -> Result<()> {
     rig.target().sh(format!(
         "modprobe loop; truncate -s 32M /srv/other; disk=$(losetup -f --show /srv/other)
          dmsetup create other -u OTHER-DISK --table \"0 65536 linear $disk 0\"
-         udevadm settle; ln -sfn /dev/mapper/other {IMAGE}"
+         dtguest settle; ln -sfn /dev/mapper/other {IMAGE}"
     ))?;
     rig.write(0, 4)?;
     rig.start_target()?;
@@ -264,7 +272,7 @@ fn a_cloned_source_is_told_so_on_both_sides() -> Result<()> {
     source.sh("echo 11112222333344445555666677778888 >/etc/machine-id")?;
     rig.begin("")?;
     let renew = || -> Result<()> {
-        source.sh("udevadm settle; dtloop detach 101; dtloop set default --remove --discard-records || true; rmmod dtloop")?;
+        source.sh("dtguest settle; dtloop detach 101; dtloop set default --remove --discard-records || true; rmmod dtloop")?;
         rig.attach("")
     };
     rig.stop_agent()?;
@@ -306,6 +314,17 @@ fn a_cloned_source_is_told_so_on_both_sides() -> Result<()> {
     rig.finish()
 }
 
+/// How many blocks of the device the agent knows, by its state file.
+fn known_blocks(rig: &Rig) -> Result<usize> {
+    // Behind its title it is JSON.
+    let text = rig
+        .source()
+        .sh("tail -n +2 /var/lib/dtloop/agent/default.set")?;
+    let state: Value = serde_json::from_str(&text).context("the state file")?;
+    let samples = state["devices"]["vol"]["origin"]["samples"].as_array();
+    Ok(samples.map_or(0, Vec::len))
+}
+
 /// Marks and records say what a crash may have left. A disk that holds something else all the same is not what it was.
 #[test]
 fn a_restored_source_disk_waits_for_an_operator() -> Result<()> {
@@ -318,14 +337,30 @@ fn a_restored_source_disk_waits_for_an_operator() -> Result<()> {
     ))?;
     rig.write(0, 32)?;
     rig.wait()?;
-    wait_until("the blocks to be known", patience(40), || {
-        // The state is a text in a file of JSON.
-        let known = "{ grep -o 'offset' /var/lib/dtloop/agent/default.set || true; } | wc -l";
-        Ok(source.sh(known)?.parse::<u64>()? >= 12)
+    let flushes = || -> Result<u64> {
+        let counts = source.sh(format!(
+            "cat /sys/class/block/{}/stat",
+            disk.trim_start_matches("/dev/")
+        ))?;
+        let count = counts.split_whitespace().nth(15);
+        Ok(count.context("a count of flushes")?.parse()?)
+    };
+    let flushed = flushes()?;
+    // In the file there may still be what was known before the last writes; what is there after an orderly end is true.
+    rig.stop_agent()?;
+    rig.start_agent()?;
+    // As long as a region is marked, nothing that it holds is a surprise: marks go when nobody has written for a while.
+    wait_until("the blocks to be known and unmarked", patience(60), || {
+        let marked = rig.status()?["sets"][0]["intent"]["regions_marked"].as_u64();
+        Ok(marked == Some(0) && known_blocks(&rig)? >= 12)
     })?;
+    ensure!(
+        flushes()? > flushed,
+        "marks went of what the disk may have had in its cache only"
+    );
     rig.stop_agent()?;
     source.sh(format!(
-        "udevadm settle; dtloop detach 101; dtloop set default --remove --discard-records || true; rmmod dtloop
+        "dtguest settle; dtloop detach 101; dtloop set default --remove --discard-records || true; rmmod dtloop
          sha256sum <{IMAGE} >/root/copy
          dd if=/root/older of={disk} bs=1M oflag=direct conv=notrunc status=none"
     ))?;

@@ -50,7 +50,7 @@ fn what_can_not_be_attached_is_refused_and_nothing_changes() -> Result<()> {
 
     rig.refused(&format!("attach {disk}"), 5, &["modprobe dtloop"])?;
     rig.refused("detach 1", 5, &["modprobe dtloop"])?;
-    vm.sh("modprobe dtloop; udevadm settle; truncate -s 8M /tmp/file; touch /tmp/empty")?;
+    vm.sh("modprobe dtloop; dtguest settle; truncate -s 8M /tmp/file; touch /tmp/empty")?;
 
     // Nobody but root.
     for command in [
@@ -115,27 +115,27 @@ fn what_can_not_be_attached_is_refused_and_nothing_changes() -> Result<()> {
         7,
         &["LVM physical volume", "--allow-signature"],
     )?;
-    vm.sh(format!("wipefs -qa {disk}; udevadm settle"))?;
+    vm.sh(format!("wipefs -qa {disk}; dtguest settle"))?;
     vm.sh(format!(
-        "dmsetup create over --table '0 100 linear {disk} 0'; udevadm settle"
+        "dmsetup create over --table '0 100 linear {disk} 0'; dtguest settle"
     ))?;
     rig.refused(&format!("attach {disk}"), 7, &["in use by", "over"])?;
     vm.sh("dmsetup remove --retry over")?;
     vm.sh(format!(
-        "echo 'size=8M' | sfdisk -q {disk}; udevadm settle; mkfs.ext4 -q {disk}1; mount {disk}1 /mnt"
+        "echo 'size=8M' | sfdisk -q {disk}; dtguest settle; mkfs.ext4 -q {disk}1; mount {disk}1 /mnt"
     ))?;
     rig.refused(&format!("attach {disk}"), 7, &["partition", "/mnt"])?;
     vm.sh(format!(
-        "umount /mnt; wipefs -qa {disk}1 {disk}; blockdev --rereadpt {disk}; udevadm settle"
+        "umount /mnt; wipefs -qa {disk}1 {disk}; blockdev --rereadpt {disk}; dtguest settle"
     ))?;
     vm.sh(format!("blockdev --setro {disk}"))?;
     rig.refused(&format!("attach {disk}"), 7, &["--read-only"])?;
     vm.sh(format!("blockdev --setrw {disk}"))?;
-    vm.sh("modprobe null_blk nr_devices=1 gb=1 zoned=1 zone_size=16; udevadm settle")?;
+    vm.sh("modprobe null_blk nr_devices=1 gb=1 zoned=1 zone_size=16; dtguest settle")?;
     rig.refused("attach /dev/nullb0", 7, &["zoned"])?;
 
     // A number that the stock driver has in use; one that is free makes room.
-    vm.sh("modprobe loop; losetup /dev/loop3 /tmp/file; udevadm settle")?;
+    vm.sh("modprobe loop; losetup /dev/loop3 /tmp/file; dtguest settle")?;
     rig.refused(
         &format!("attach {disk} --loop 3"),
         7,
@@ -146,7 +146,7 @@ fn what_can_not_be_attached_is_refused_and_nothing_changes() -> Result<()> {
 
     // What is attached already, and contradictions.
     vm.sh(format!(
-        "dtloop attach {disk} --loop 1 --volume data; udevadm settle"
+        "dtloop attach {disk} --loop 1 --volume data; dtguest settle"
     ))?;
     rig.refused(&format!("attach {disk}"), 7, &["/dev/loop1"])?;
     rig.refused(
@@ -169,7 +169,7 @@ fn what_can_not_be_attached_is_refused_and_nothing_changes() -> Result<()> {
     rig.refused("detach 1", 7, &["/mnt"])?;
     rig.refused("resize 1 --size-limit 8M", 7, &["/dev/loop1", "shrink"])?;
     rig.refused("set default --remove", 7, &["default"])?;
-    vm.sh("umount /mnt; udevadm settle; dtloop detach 1; dtloop set default --remove --discard-records || true")?;
+    vm.sh("umount /mnt; dtguest settle; dtloop detach 1; dtloop set default --remove --discard-records || true")?;
     vm.sh("losetup -d /dev/loop3; [ -b /dev/loop1 ]; rmmod dtloop")?;
     vm.check()
 }

@@ -15,7 +15,7 @@ fn mapped(attach_options: &str) -> Result<Story> {
     let vm = Vm::builder("both").disk(Disk::new("disk", MIB)).start()?;
     let node = vm.device("disk")?;
     vm.sh(format!(
-        "dmsetup create back --table \"0 $(blockdev --getsz {node}) linear {node} 0\"; udevadm settle"
+        "dmsetup create back --table \"0 $(blockdev --getsz {node}) linear {node} 0\"; dtguest settle"
     ))?;
     let mut rig = Rig::with(vm, None, MIB)?;
     rig.disk = "/dev/mapper/back".to_owned();
@@ -106,7 +106,7 @@ fn a_disk_that_vanishes_is_compared_when_it_is_back() -> Result<()> {
     story
         .rig
         .source()
-        .sh("udevadm settle; dtloop detach 101 --force")?;
+        .sh("dtguest settle; dtloop detach 101 --force")?;
     let disk = Disk::new("disk", MIB).file(file);
     story.rig.source_mut().plug(&disk)?;
     story.rig.disk = story.rig.source().device("disk")?;
@@ -186,7 +186,7 @@ fn a_journal_disk_that_fails_loses_nothing() -> Result<()> {
     let node = vm.device("journal")?;
     let table = |what: &str| format!("0 $(blockdev --getsz {node}) {what}");
     vm.sh(format!(
-        "dmsetup create journal --table \"{}\"; udevadm settle; mkfs.ext4 -q /dev/mapper/journal
+        "dmsetup create journal --table \"{}\"; dtguest settle; mkfs.ext4 -q /dev/mapper/journal
          mkdir -p {PLACE}; mount /dev/mapper/journal {PLACE}",
         table(&format!("linear {node} 0"))
     ))?;

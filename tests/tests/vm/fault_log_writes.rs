@@ -81,7 +81,7 @@ fn logged() -> Result<Rig> {
     for (name, disk, log) in [("source", "disk", "sourcelog"), ("copy", "copy", "copylog")] {
         let (disk, log) = (vm.device(disk)?, vm.device(log)?);
         vm.sh(format!(
-            "dmsetup create {name} --table \"0 $(blockdev --getsz {disk}) log-writes {disk} {log}\"; udevadm settle"
+            "dmsetup create {name} --table \"0 $(blockdev --getsz {disk}) log-writes {disk} {log}\"; dtguest settle"
         ))?;
     }
     vm.sh(format!("mkdir -p /srv; ln -s /dev/mapper/copy {IMAGE}"))?;

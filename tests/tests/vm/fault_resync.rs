@@ -161,7 +161,7 @@ fn a_device_detached_while_disconnected_is_made_good() -> Result<()> {
         let load = story.load()?;
         story.wait_writes(100)?;
         story.end_load(load)?;
-        story.rig.source().sh("udevadm settle; dtloop detach 101")?;
+        story.rig.source().sh("dtguest settle; dtloop detach 101")?;
         story.rig.attach("")?;
         // The counters are those of a new device.
         story.counts_anew();

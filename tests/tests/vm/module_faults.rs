@@ -108,7 +108,7 @@ fn a_device_is_detached_by_force_under_load() -> Result<()> {
     );
     rig.vm.sh(format!("dtctl detach {LOOP} --force"))?;
     assert_ne!(busy.wait(patience(30))?.code, 0, "the load gets errors");
-    rig.vm.sh("udevadm settle; [ ! -e /dev/loop101 ]")?;
+    rig.vm.sh("dtguest settle; [ ! -e /dev/loop101 ]")?;
 
     // Again, with a backing device that answers nothing.
     rig.attach_node(&back, LOOP, "")?;
@@ -123,7 +123,7 @@ fn a_device_is_detached_by_force_under_load() -> Result<()> {
     rig.vm.sh("dmsetup resume back")?;
     // What was under way goes on, into the stream too.
     rig.drain_all("")?;
-    rig.vm.sh("udevadm settle; dmsetup remove --retry back")?;
+    rig.vm.sh("dtguest settle; dmsetup remove --retry back")?;
 
     // And with writers that wait for room in the ring.
     rig.vm.sh("dtctl policy set block")?;
@@ -168,7 +168,7 @@ fn a_backing_disk_is_pulled_out_under_load() -> Result<()> {
     assert!(!read.ok(), "{read}");
     rig.end_drain(consumer)?;
     rig.vm
-        .sh(format!("udevadm settle; dtctl detach {LOOP} --force"))?;
+        .sh(format!("dtguest settle; dtctl detach {LOOP} --force"))?;
     // Another disk takes its place.
     rig.vm.plug(&Disk::new("fresh", 8))?;
     rig.attach_disk("fresh", LOOP, "")?;

@@ -27,7 +27,7 @@ fn attach_and_load_cycles_leak_nothing() -> Result<()> {
     rig.detach()?;
     let attach = |times: u32| {
         format!(
-            "dtctl cycle set {node} {times}; dtdrain run --set set --discard --until-drained >/dev/null; udevadm settle"
+            "dtctl cycle set {node} {times}; dtdrain run --set set --discard --until-drained >/dev/null; dtguest settle"
         )
     };
     let load = |times: u32| {

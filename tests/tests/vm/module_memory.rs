@@ -31,7 +31,7 @@ fn any_allocation_may_fail() -> Result<()> {
     rig.drain_all("--resync")?;
     rig.detach()?;
     rig.vm
-        .sh("udevadm settle; dtctl destroy set --discard; rmmod dtloop")?;
+        .sh("dtguest settle; dtctl destroy set --discard; rmmod dtloop")?;
     let script = "dtctl starve-load $(modinfo -n dtloop)";
     note(rig.vm.sh_within(patience(400), script)?);
     rig.vm.sh("modprobe dtloop; dtctl create set")?;

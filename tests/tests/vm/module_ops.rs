@@ -83,10 +83,10 @@ fn every_operation_is_bit_exact() -> Result<()> {
     operations_on(&rig, &rig.vm.device("sdisk")?, 103)?;
     if rig.vm.kernel() == Kernel::Stock {
         rig.vm.sh("mount -t configfs configfs /sys/kernel/config; modprobe null_blk nr_devices=0 && cd /sys/kernel/config/nullb && mkdir nullb0 && cd nullb0 && \
-                   echo 16 >size && echo 1 >memory_backed && echo 1 >discard && echo 1 >power && udevadm settle")?;
+                   echo 16 >size && echo 1 >memory_backed && echo 1 >discard && echo 1 >power && dtguest settle")?;
         operations_on(&rig, "/dev/nullb0", 104)?;
         rig.vm
-            .sh("modprobe scsi_debug dev_size_mb=16 lbpu=1 lbpws=1 lbprz=0 && udevadm settle")?;
+            .sh("modprobe scsi_debug dev_size_mb=16 lbpu=1 lbpws=1 lbprz=0 && dtguest settle")?;
         let node = rig
             .vm
             .sh("lsblk -dnpo NAME,MODEL | awk '/scsi_debug/ { print $1 }'")?;
@@ -185,7 +185,7 @@ fn a_write_that_must_not_wait_does_not() -> Result<()> {
         rig.vm.sh_within(
             patience(10),
             format!(
-                "udevadm settle && blockdev --flushbufs {dev}
+                "dtguest settle && blockdev --flushbufs {dev}
                  dtscribble once nowait {dev} --at {at} --bytes {bytes}"
             ),
         )
@@ -211,7 +211,7 @@ fn a_write_that_must_not_wait_does_not() -> Result<()> {
     };
     let retries = rig.count(LOOP, "nowait_retries")?;
     rig.vm
-        .sh("udevadm settle; dmsetup suspend --noflush --nolockfs back")?;
+        .sh("dtguest settle; dmsetup suspend --noflush --nolockfs back")?;
     let stuck = rig.vm.spawn(format!(
         "exec dd if=/dev/urandom of={dev} bs=8k seek=128 count=1 oflag=direct status=none"
     ))?;
@@ -270,7 +270,7 @@ fn an_atomic_write_stays_whole() -> Result<()> {
     rig.detach()?;
 
     rig.vm
-        .sh("modprobe scsi_debug dev_size_mb=16 atomic_wr=1 && udevadm settle")?;
+        .sh("modprobe scsi_debug dev_size_mb=16 atomic_wr=1 && dtguest settle")?;
     let node = rig
         .vm
         .sh("lsblk -dnpo NAME,MODEL | awk '/scsi_debug/ { print $1 }'")?;

@@ -51,7 +51,7 @@ fn the_usual_tools_work_on_it() -> Result<()> {
 
     // Partitions.
     vm.sh(format!(
-        "wipefs -qa {dev} && printf 'size=8M\nsize=8M\n' | sfdisk -q {dev} && udevadm settle"
+        "wipefs -qa {dev} && printf 'size=8M\nsize=8M\n' | sfdisk -q {dev} && dtguest settle"
     ))?;
     vm.sh(format!(
         "mkfs.ext4 -q {dev}p1 && mount {dev}p1 /mnt && echo kept >/mnt/file && umount /mnt"
@@ -71,7 +71,7 @@ fn the_usual_tools_work_on_it() -> Result<()> {
     // LVM.
     if vm.kernel() == Kernel::Stock {
         vm.sh(format!(
-            "wipefs -qa {dev}p1 {dev}p2 {dev} && blockdev --rereadpt {dev} && udevadm settle && export LVM_SUPPRESS_FD_WARNINGS=1 && \
+            "wipefs -qa {dev}p1 {dev}p2 {dev} && blockdev --rereadpt {dev} && dtguest settle && export LVM_SUPPRESS_FD_WARNINGS=1 && \
              c='--devicesfile= --config devices{{filter=[\"a|{dev}$|\",\"r|.*|\"]}}' && pvcreate -qq $c {dev} && vgcreate -qq $c vg {dev} && \
              lvcreate -qq $c -an -Zn -L 12M -n lv vg && lvchange -qq $c -ay vg/lv && dd if=/dev/urandom of=/dev/mapper/vg-lv bs=1M count=12 \
              oflag=direct status=none && vgchange -qq $c -an vg && vgremove -qqf $c vg && pvremove -qq $c {dev}"
@@ -100,7 +100,7 @@ fn the_usual_tools_work_on_it() -> Result<()> {
     rig.drain_all("--resync")?;
     rig.same()?;
     vm.sh(format!(
-        "losetup -d {dev} && udevadm settle && [ ! -e {dev} ]"
+        "losetup -d {dev} && dtguest settle && [ ! -e {dev} ]"
     ))?;
     assert_eq!(vm.sh("dtctl status | jq '.devices | length'")?, "0");
     rig.finish()
@@ -214,7 +214,7 @@ fn parts_of_a_disk_are_attached_and_grow() -> Result<()> {
     // Smaller, when nobody has it open.
     assert_eq!(
         rig.vm.sh(format!(
-            "udevadm settle; dtctl resize {LOOP} --limit 4194304"
+            "dtguest settle; dtctl resize {LOOP} --limit 4194304"
         ))?,
         "4194304"
     );
@@ -282,7 +282,7 @@ fn file_systems_are_the_same_on_both_sides() -> Result<()> {
 fn stock_loop_devices_work_beside_it() -> Result<()> {
     let rig = Rig::start("beside", 8)?;
     rig.vm
-        .sh("modprobe loop && truncate -s 1M /tmp/file && udevadm settle")?;
+        .sh("modprobe loop && truncate -s 1M /tmp/file && dtguest settle")?;
     // A number of ours, from the middle of theirs.
     rig.vm.sh("dtctl stock 1 --remove || true")?;
     rig.attach_disk("source", 1, "")?;
@@ -296,13 +296,13 @@ fn stock_loop_devices_work_beside_it() -> Result<()> {
         ),
     )?;
     rig.vm.sh(
-        "dd if=/dev/urandom of=/dev/loop1 bs=1M count=8 oflag=direct status=none; udevadm settle",
+        "dd if=/dev/urandom of=/dev/loop1 bs=1M count=8 oflag=direct status=none; dtguest settle",
     )?;
     rig.vm
         .sh("dtdrain run --set set --apply 1=/tmp/replica --until-drained")?;
     rig.same()?;
     rig.vm.sh(
-        "while read d; do losetup -d $d; done </tmp/names; udevadm settle; losetup -d /dev/loop1",
+        "while read d; do losetup -d $d; done </tmp/names; dtguest settle; losetup -d /dev/loop1",
     )?;
     rig.vm.wait_sh(patience(20), "[ -z \"$(losetup -a)\" ]")?;
     rig.vm

@@ -46,7 +46,7 @@ impl Rig {
     pub(crate) fn attach_node(&self, node: &str, number: u32, options: &str) -> Result<()> {
         self.vm
             .sh(format!(
-                "dtctl attach {node} --set set --number {number} {options} && udevadm settle"
+                "dtctl attach {node} --set set --number {number} {options} && dtguest settle"
             ))
             .map(drop)
     }
@@ -55,7 +55,7 @@ impl Rig {
     pub(crate) fn mapped(&self, serial: &str) -> Result<String> {
         let node = self.vm.device(serial)?;
         self.vm.sh(format!(
-            "dmsetup create back --table \"0 $(blockdev --getsz {node}) linear {node} 0\" && udevadm settle"
+            "dmsetup create back --table \"0 $(blockdev --getsz {node}) linear {node} 0\" && dtguest settle"
         ))?;
         Ok("/dev/mapper/back".to_owned())
     }
@@ -126,7 +126,7 @@ impl Rig {
 
     /// Detaches, throws the set away, unloads the module, and looks for leaks.
     pub(crate) fn finish(self) -> Result<()> {
-        self.vm.sh("udevadm settle; dtctl destroy set --discard")?;
+        self.vm.sh("dtguest settle; dtctl destroy set --discard")?;
         // The last reference to a device goes by a workqueue.
         self.vm.wait_sh(patience(10), "rmmod dtloop")?;
         // Said at once: what the kernel has on its console about it would come first otherwise.

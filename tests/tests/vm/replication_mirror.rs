@@ -67,7 +67,7 @@ fn a_difference_mirror_sends_what_changed_while_detached() -> Result<()> {
     let rig = Rig::mirrored(64, "")?;
     rig.write(0, 64)?;
     rig.wait()?;
-    rig.source().sh("udevadm settle; dtloop detach 101")?;
+    rig.source().sh("dtguest settle; dtloop detach 101")?;
     let disk = &rig.disk;
     rig.source().sh(format!(
         "for at in 3 1000 5000 16000; do dd if=/dev/urandom of={disk} bs=4k seek=$at count=1 oflag=direct status=none; done"

@@ -21,7 +21,7 @@ fn with_queue(queue_mib: u64, more: &str) -> Result<Rig> {
     let blocks = queue_mib * 1024;
     rig.source().sh(format!(
         "modprobe brd rd_nr=1 rd_size={blocks} && modprobe dm-mod
-         dmsetup create queue --table \"0 $(blockdev --getsz /dev/ram0) linear /dev/ram0 0\"; udevadm settle
+         dmsetup create queue --table \"0 $(blockdev --getsz /dev/ram0) linear /dev/ram0 0\"; dtguest settle
          mkfs.ext4 -q /dev/mapper/queue && mkdir -p /queue && mount /dev/mapper/queue /queue"
     ))?;
     configure(

@@ -131,7 +131,7 @@ fn a_module_loaded_anew_costs_no_comparison_when_the_target_had_everything() -> 
     wait_until("the marks to go", patience(120), || {
         Ok(rig.counter("regions_marked")? == 0)
     })?;
-    rig.source().sh("udevadm settle; dtloop detach 101")?;
+    rig.source().sh("dtguest settle; dtloop detach 101")?;
     rig.stop_agent()?;
     rig.source()
         .sh("dtloop set default --remove --discard-records; rmmod dtloop")?;
@@ -145,7 +145,7 @@ fn a_module_loaded_anew_costs_no_comparison_when_the_target_had_everything() -> 
     );
     // Detached and attached again, with a change in between through the loop device only.
     rig.write(1, 1)?;
-    rig.source().sh("udevadm settle; dtloop detach 101")?;
+    rig.source().sh("dtguest settle; dtloop detach 101")?;
     rig.attach("")?;
     rig.source().sh(format!(
         "dd if=/dev/urandom of={DEV} bs=4k count=3 oflag=direct status=none"

@@ -42,7 +42,7 @@ impl Rig {
             .start()?;
         let node = source.device("copy")?;
         source.sh(format!(
-            "dmsetup create copy --table \"0 $(blockdev --getsz {node}) linear {node} 0\"; udevadm settle
+            "dmsetup create copy --table \"0 $(blockdev --getsz {node}) linear {node} 0\"; dtguest settle
              mkdir -p /srv; ln -s /dev/mapper/copy {IMAGE}"
         ))?;
         Self::configure(source, None, mib)
@@ -189,7 +189,7 @@ impl Rig {
     pub(crate) fn attach(&self, options: &str) -> Result<()> {
         let disk = &self.disk;
         self.source
-            .sh(format!("modprobe dtloop; dtloop attach {disk} --loop 101 --volume vol {options}; udevadm settle"))
+            .sh(format!("modprobe dtloop; dtloop attach {disk} --loop 101 --volume vol {options}; dtguest settle"))
             .map(drop)
     }
 
@@ -198,7 +198,7 @@ impl Rig {
         let disk = self.source.device(serial)?;
         self.source
             .sh(format!(
-                "modprobe dtloop; dtloop attach {disk} --loop {number} {options}; udevadm settle"
+                "modprobe dtloop; dtloop attach {disk} --loop {number} {options}; dtguest settle"
             ))
             .map(drop)
     }
@@ -408,7 +408,7 @@ impl Rig {
 
     /// The same with further sets, whose devices are detached.
     pub(crate) fn finish_with_sets(self, sets: &[&str]) -> Result<()> {
-        self.source.sh("udevadm settle; dtloop detach 101")?;
+        self.source.sh("dtguest settle; dtloop detach 101")?;
         self.stop_agent()?;
         self.stop_target()?;
         // The set is there until its last records are shipped.

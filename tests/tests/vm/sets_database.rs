@@ -160,7 +160,7 @@ fn a_database_starts_on_the_copies_of_its_two_devices() -> Result<()> {
     rig.source().sh("umount /mnt/data /mnt/wal")?;
     rig.same()?;
     same_log(&rig)?;
-    rig.source().sh("udevadm settle; dtloop detach 102")?;
+    rig.source().sh("dtguest settle; dtloop detach 102")?;
     rig.finish()
 }
 

@@ -142,7 +142,7 @@ impl House {
             "{DEV} and {IMAGE} differ"
         );
         rig.source()
-            .sh("udevadm settle; dtloop detach 102; dtloop detach 103
+            .sh("dtguest settle; dtloop detach 102; dtloop detach 103
              pid=$(cat /run/other.pid); kill $pid; while [ -e /proc/$pid ]; do sleep 0.05; done")?;
         rig.finish_with_sets(&["second", "third"])
     }

@@ -136,7 +136,7 @@ fn the_copies_of_a_set_are_one_state_wherever_it_is_cut() -> Result<()> {
         }
     }
     rig.same()?;
-    rig.source().sh("udevadm settle; dtloop detach 102")?;
+    rig.source().sh("dtguest settle; dtloop detach 102")?;
     rig.finish()
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Reading what is on the disk behind a loop device, past every cache.
+//! The disk behind a loop device: reading what is on it past every cache, and flushing its own.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,7 +13,7 @@ use crate::raw;
 /// Alignment of memory and offsets of direct reads: that of any disk.
 const ALIGNMENT: usize = 4096;
 
-/// Blocks of the disk behind a loop device. A read may wait as long as the disk does.
+/// Blocks of the disk behind a loop device. Everything may wait as long as the disk does.
 pub trait BackingBlocks: Send {
     /// Reads at an offset of the loop device. Offset and length must be multiples of 4 KiB.
     ///
@@ -21,6 +21,13 @@ pub trait BackingBlocks: Send {
     ///
     /// Those of the disk.
     fn read(&self, offset: u64, block: &mut [u8]) -> io::Result<()>;
+
+    /// Makes durable what was written before: has the disk empty its volatile cache.
+    ///
+    /// # Errors
+    ///
+    /// Those of the disk.
+    fn settle(&self) -> io::Result<()>;
 }
 
 /// The blocks of a disk.
@@ -56,5 +63,10 @@ impl BackingBlocks for DirectDisk {
         self.file.read_exact_at(aligned, self.base + offset)?;
         block.copy_from_slice(aligned);
         Ok(())
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        // Of a block device, and also of one that is open for reading only, this flushes the disk's own cache.
+        self.file.sync_data()
     }
 }

@@ -77,7 +77,8 @@ pub trait CaptureStream: Send + std::marker::Sync {
     /// Everything about the intent map.
     fn intent_status(&self) -> Result<raw::IntentStatus>;
 
-    /// Says that the target has every record below `acked` durably, so that marks which are no longer needed may go.
+    /// Says that the target and the disks behind the devices have every record below `acked` durably, so that marks which
+    /// are no longer needed may go.
     /// `None`: there is no intent map, or its file is being written just now.
     fn intent_clear(&self, acked: u64) -> Result<Option<raw::IntentClear>>;
 

@@ -68,6 +68,11 @@ struct Model {
     gaps: u64,
     kicks: u64,
     intent: raw::IntentStatus,
+    /// Records below this one were complete when a disk was flushed.
+    flushed: u64,
+    fails_flushes: bool,
+    /// The last word on what may lose its marks.
+    cleared: u64,
 }
 
 struct Entry {
@@ -208,6 +213,17 @@ impl FakeStream {
         let inner = Arc::get_mut(&mut self.inner).expect("a stream of one owner");
         inner.status.stream_uuid = uuid;
         self
+    }
+
+    /// Has the disks behind all devices fail flushes, or no longer.
+    pub fn fail_flushes(&self, fails: bool) {
+        self.model().fails_flushes = fails;
+    }
+
+    /// Below which record marks may go, by the last word of the consumer.
+    #[must_use]
+    pub fn cleared(&self) -> u64 {
+        self.model().cleared
     }
 
     /// Gives the stream an intent map as it may have been found. Marks are set by [`FakeStream::mark_regions`] only.
@@ -564,6 +580,15 @@ impl BackingBlocks for FakeDisk {
         block.copy_from_slice(found.ok_or(io::ErrorKind::NotFound)?);
         Ok(())
     }
+
+    fn settle(&self) -> io::Result<()> {
+        let mut model = self.0.model();
+        if model.fails_flushes {
+            return Err(io::Error::other("the model fails flushes"));
+        }
+        model.flushed = model.committed;
+        Ok(())
+    }
 }
 
 impl CaptureStream for FakeStream {
@@ -710,10 +735,12 @@ impl CaptureStream for FakeStream {
     }
 
     fn intent_clear(&self, acked: u64) -> Result<Option<raw::IntentClear>> {
-        let model = self.model();
+        let mut model = self.model();
         if acked > model.committed {
             return Err(refused(Operation::IntentClear, Errno::EINVAL));
         }
+        assert!(acked <= model.flushed, "marks go of what a cache may lose");
+        model.cleared = acked;
         let on = model.intent.has(raw::INTENT_ON);
         Ok(on.then(|| raw::IntentClear {
             acked,

@@ -30,6 +30,9 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 /// Longest time a set's thread takes for an answer: it may be connecting.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How often a socket is tried that somebody listens on.
+const LISTEN_RETRY: Duration = Duration::from_millis(20);
+
 /// The sets of this agent.
 pub struct Sets {
     /// By name.
@@ -44,11 +47,16 @@ pub struct Sets {
 ///
 /// If it cannot be made, or another agent listens on it.
 pub fn listen(path: &Path) -> Result<UnixListener> {
-    if UnixStream::connect(path).is_ok() {
-        bail!(
-            "Another dtagent listens on {}; stop that first",
-            path.display()
-        );
+    // The state directory of one that was killed may be free a moment before its socket is.
+    let began = Instant::now();
+    while UnixStream::connect(path).is_ok() {
+        if began.elapsed() >= dtloop_store::DYING {
+            bail!(
+                "Another dtagent listens on {}; stop that first",
+                path.display()
+            );
+        }
+        std::thread::sleep(LISTEN_RETRY);
     }
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).with_context(|| format!("Cannot make {}", dir.display()))?;

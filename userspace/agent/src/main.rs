@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,7 +18,7 @@ use dtloop_agent::control::{self, Sets};
 use dtloop_agent::machine::{self, Machine};
 use dtloop_agent::set::{SetShared, Worker};
 use dtloop_agent::streams::{KernelStreams, Streams};
-use nix::fcntl::{Flock, FlockArg};
+use dtloop_store::Hold;
 use nix::sys::signal::{SigSet, Signal};
 
 /// Ships the changes of this machine's block devices to their targets.
@@ -114,16 +114,16 @@ fn identity(dir: &Path, command: &Identity) -> Result<()> {
 }
 
 /// One process at a time uses the state.
-fn lock(dir: &Path) -> Result<Flock<File>> {
+fn lock(dir: &Path) -> Result<Hold> {
     fs::create_dir_all(dir).with_context(|| format!("Cannot make {}", dir.display()))?;
-    let lock =
-        File::create(dir.join("lock")).with_context(|| format!("Cannot use {}", dir.display()))?;
-    Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|_| {
-        anyhow!(
-            "{} is in use by another dtagent; stop that first",
-            dir.display()
-        )
-    })
+    let hold = dtloop_store::hold(dir, dtloop_store::DYING);
+    hold.with_context(|| format!("Cannot use {}", dir.display()))?
+        .ok_or_else(|| {
+            anyhow!(
+                "{} is in use by another dtagent; stop that first",
+                dir.display()
+            )
+        })
 }
 
 fn serve(config: &Config) -> Result<()> {

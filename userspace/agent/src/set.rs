@@ -11,6 +11,7 @@
 //! One thread does all of it, so nothing here is locked: records, acknowledgements, requests of
 //! `dtloop` and the reads of mirrors are taken in turn.
 
+mod durable;
 mod jobs;
 mod meanwhile;
 mod origin;
@@ -212,6 +213,7 @@ pub struct Worker {
     /// How far the regions of a device are settled.
     settled: Option<(u32, u64)>,
     intents_tended: Instant,
+    flushes: durable::Flushes,
     /// Version of the intent file that the target was told.
     intent_told: u64,
     last_verify: Vec<dtloop_api::VerifyResult>,
@@ -329,6 +331,7 @@ impl Worker {
             region_sectors: 0,
             settled: None,
             intents_tended: now,
+            flushes: durable::Flushes::new(now),
             intent_told: 0,
             last_recovery,
             lost: None,
@@ -603,6 +606,7 @@ impl Worker {
         self.refresh_devices(stream)?;
         self.watch_intents(stream)?;
         self.settled = None;
+        self.forget_flushes();
         self.whole_at = 0;
         let job = self.memory.job.clone().filter(|job| !job.is_over());
         self.job = job

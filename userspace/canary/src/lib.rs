@@ -35,7 +35,7 @@ pub enum Canary {
     MarksTrusted,
     /// Regions are settled that were not compared.
     SettledTooSoon,
-    /// The kernel's marks go while the source's own disk has the change in its cache.
+    /// The agent has the kernel's marks go while the source's own disk has the change in its cache.
     MarksGoUnflushed,
     /// A new stream leaves what was mirrored before as mirrored.
     NewStreamTrusted,

@@ -15,8 +15,9 @@ use dtloop_proto::{Code, Uuid};
 use serde::{Deserialize, Serialize};
 
 use crate::alarm::{self, Alarm, Cause};
+use crate::identity::Sample;
 use crate::mirror::{DeviceJob, JobState};
-use crate::origin::Origin;
+use crate::origin::{self, Origin};
 use crate::timetable;
 
 /// A device of the set by label.
@@ -272,6 +273,18 @@ impl SetMemory {
         memory.is_some_and(|memory| memory.origin.forget(start, end))
     }
 
+    /// A record that changed the device goes to the target: one of its blocks may be remembered. Behind
+    /// [`SetMemory::forget_blocks`].
+    pub fn trace_block(&mut self, device: u32, start: u64, content: &[u8], time_ns: u64) {
+        let memory = self.device_mut(device).filter(|memory| memory.mirrored);
+        let Some(memory) = memory.filter(|memory| memory.origin.wants_trace(time_ns)) else {
+            return;
+        };
+        if let Some((offset, block)) = origin::block_in(start, content) {
+            memory.origin.trace(Sample::of(offset, block), time_ns);
+        }
+    }
+
     /// The present stream is about to be offered to the target. True: that is new, and must be durable first.
     pub fn offer_stream(&mut self) -> bool {
         if self.lineage.first() == Some(&self.stream_uuid) {
@@ -295,6 +308,10 @@ impl SetMemory {
         };
         let more = sectors.saturating_sub(memory.bypassed_sectors);
         memory.bypassed_sectors = memory.bypassed_sectors.max(sectors);
+        if more > 0 {
+            // Any block may hold something else now: the alarm is for that, and a verification ends it.
+            memory.origin = Origin::default();
+        }
         let matters = more > 0 && memory.mirrored_once;
         matters
             && alarm::raise(

@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod hold;
 pub mod log;
 
 use std::fs::File;
@@ -21,6 +22,8 @@ use dtloop_disk::{Disk, RealDisk};
 use dtloop_proto::Uuid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+pub use hold::{DYING, Hold, hold};
 
 const TITLE: &str = "dtloop-state 1 ";
 

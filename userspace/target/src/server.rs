@@ -3,7 +3,7 @@
 //! The listening side and the sets of all sources.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -16,8 +16,7 @@ use dtloop_core::binding::Refusal;
 use dtloop_disk::{Disk, RealDisk};
 use dtloop_proto::{Code, Uuid};
 use dtloop_runtime::{JoinHandle, TcpListener, TcpStream};
-use dtloop_store::StateFileError;
-use nix::fcntl::{Flock, FlockArg};
+use dtloop_store::{Hold, StateFileError};
 
 use crate::applier::OpenError;
 use crate::catalog::Catalog;
@@ -137,7 +136,7 @@ pub struct Server {
     pub address: SocketAddr,
     shared: Arc<Shared>,
     accepting: Option<JoinHandle<()>>,
-    _lock: Flock<File>,
+    _lock: Hold,
 }
 
 /// Makes the state directory. Journals hold what was on other people's disks: nobody else is to read them.
@@ -160,20 +159,20 @@ pub fn make_private(dir: &Path) -> std::io::Result<()> {
 /// # Errors
 ///
 /// If it cannot be made or another process has it.
-pub fn lock_state_dir(dir: &Path) -> Result<Flock<File>> {
+pub fn lock_state_dir(dir: &Path) -> Result<Hold> {
     make_private(dir).with_context(|| format!("Cannot make {}", dir.display()))?;
     for part in ["sets", "volumes"] {
         let path = dir.join(part);
         fs::create_dir_all(&path).with_context(|| format!("Cannot make {}", path.display()))?;
     }
-    let path = dir.join("lock");
-    let file = File::create(&path).with_context(|| format!("Cannot open {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-        anyhow::anyhow!(
-            "{} is in use by another dttarget ({errno}); stop that first",
-            dir.display()
-        )
-    })
+    let hold = dtloop_store::hold(dir, dtloop_store::DYING);
+    hold.with_context(|| format!("Cannot use {}", dir.display()))?
+        .ok_or_else(|| {
+            anyhow::anyhow!(
+                "{} is in use by another dttarget; stop that first",
+                dir.display()
+            )
+        })
 }
 
 /// The sets that are known from before, by source and name.
@@ -198,7 +197,7 @@ pub struct Door {
     shared: Arc<Shared>,
     listener: TcpListener,
     address: SocketAddr,
-    lock: Flock<File>,
+    lock: Hold,
 }
 
 /// Plaintext shows everything to whoever is on the way, and lets everybody in: it stays on this machine.

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 fn dttarget(dir: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dttarget"));
@@ -132,4 +133,24 @@ fn invitations_are_printed_counted_and_refused_with_a_reason() {
     }
     assert!(text(&dttarget(dir.path(), &["invite", "--withdraw"]).stdout).starts_with('2'));
     assert!(peers()["invitations"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn a_command_that_comes_while_a_killed_target_dies_waits_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(
+        dir.path().join("dttarget.toml"),
+        "transport = \"plaintext\"\n",
+    )
+    .unwrap();
+    std::fs::create_dir(dir.path().join("state")).unwrap();
+    let dying = dtloop_store::hold(&dir.path().join("state"), Duration::ZERO).unwrap();
+    let output = std::thread::scope(|scope| {
+        let started = scope.spawn(|| dttarget(dir.path(), &["volume", "unbind", "a"]));
+        std::thread::sleep(Duration::from_millis(300));
+        drop(dying);
+        started.join().unwrap()
+    });
+    let said = text(&output.stderr);
+    assert!(said.contains("belongs to nobody"), "{said}");
 }

@@ -7,10 +7,12 @@
 
 mod common;
 
+use std::cell::Cell;
+
 use common::{Agent, Lab, random};
 use dtloop_abi::testing::REGION_SECTORS;
 use dtloop_abi::{Extent, raw};
-use dtloop_api::{MirrorKind, Recovery, Request, SetStatus};
+use dtloop_api::{FailureCode, MirrorKind, Recovery, Request, SetStatus};
 use dtloop_core::identity::sample_offsets;
 use dtloop_core::mirror::JobKind;
 use dtloop_core::replica::SetMemory;
@@ -55,6 +57,11 @@ fn crashed() -> Lab {
 
 /// The same, once the agent remembers what pleases.
 fn crashed_when(known: impl Fn(&SetMemory) -> bool) -> Lab {
+    crashed_after(|_| (), known)
+}
+
+/// The same, after something was done while it was in sync.
+fn crashed_after(deed: impl Fn(&Lab), known: impl Fn(&SetMemory) -> bool) -> Lab {
     let mut lab = Lab::new(SECTORS);
     lab.fill();
     let before = raw::IntentStatus {
@@ -72,7 +79,9 @@ fn crashed_when(known: impl Fn(&SetMemory) -> bool) -> Lab {
     };
     agent.request(&request).unwrap();
     agent.wait_in_sync();
+    deed(&lab);
     agent.wait_for(|_| known(&lab.agent_memory()));
+    agent.wait_in_sync();
     agent.stop();
     lab.renew_stream();
     lab
@@ -130,6 +139,24 @@ fn a_clean_end_costs_nothing() {
     let mut agent = lab.start_agent(lab.start_target());
     let cost = finish(&lab, &mut agent).unwrap();
     assert_eq!((cost.regions, cost.compared_bytes), (0, 0));
+    agent.stop();
+}
+
+/// What only the cache of the source's disk has is lost with its power, although the target has it.
+#[test]
+fn marks_go_only_of_what_the_source_has_durably() {
+    let lab = crashed();
+    lab.stream.set_intent(&intent(7, 1));
+    lab.stream.mark_regions(lab.device, &[]);
+    lab.stream.fail_flushes(true);
+    let mut agent = lab.start_agent(lab.start_target());
+    finish(&lab, &mut agent).unwrap();
+    lab.fill_some(3);
+    agent.wait_for(|status| status.applied_seq == status.next_seq);
+    assert_eq!(lab.stream.cleared(), 0);
+    // The model itself sees to it that no more is cleared than was flushed.
+    lab.stream.fail_flushes(false);
+    agent.wait_for(|status| lab.stream.cleared() == status.next_seq);
     agent.stop();
 }
 
@@ -227,6 +254,15 @@ fn a_disk_that_was_restored_waits_for_an_operator() {
         reason.contains("dtloop mirror start --set db 1"),
         "{reason}"
     );
+    // To wait for it is in vain.
+    let set = "db".into();
+    let failure = agent
+        .request(&Request::Wait {
+            set,
+            timeout_ms: Some(60_000),
+        })
+        .unwrap_err();
+    assert_eq!(failure.code, FailureCode::TargetRefused, "{failure:?}");
     // What is written goes on, and the copy stays what it was: also after another start.
     for round in 0..2 {
         lab.fill_some(round);
@@ -246,6 +282,37 @@ fn a_disk_that_was_restored_waits_for_an_operator() {
     agent.request(&request).unwrap();
     agent.wait_in_sync();
     lab.assert_identical();
+    agent.stop();
+}
+
+/// An older state is alike nearly everywhere; what tells is that something was written since.
+#[test]
+fn an_older_state_of_the_same_disk_is_known_by_what_was_written_since() {
+    let older = Cell::new(vec![]);
+    let samples = sample_offsets(SECTORS * 512);
+    let sector = (0..SECTORS)
+        .step_by(8)
+        .find(|sector| !samples.contains(&(sector * 512)))
+        .unwrap();
+    let traced = |memory: &SetMemory| {
+        let device = memory.devices.get("vol");
+        device.is_some_and(|device| device.origin.known().contains(&(sector * 512)))
+    };
+    let write = |lab: &Lab| {
+        older.set(lab.stream.content(lab.device));
+        lab.write(sector, &random(99, 4096));
+    };
+    let lab = crashed_after(write, |memory| knows_blocks(memory) && traced(memory));
+    lab.stream.set_intent(&intent(7, 1));
+    lab.stream.mark_regions(lab.device, &[]);
+    lab.stream.set_content(lab.device, &older.take());
+    let agent = lab.start_agent(lab.start_target());
+    agent.wait_state("mirror needed");
+    let reason = agent.status().devices[0].reason.clone();
+    assert!(
+        reason.contains(&format!("the first at byte {}", sector * 512)),
+        "{reason}"
+    );
     agent.stop();
 }
 

@@ -194,7 +194,7 @@ fn udev() -> Result<()> {
             "--subsystem-match=net",
         ],
     )?;
-    run("udevadm", &["settle", "--timeout=60"])
+    crate::settle::settle(&["--timeout=60".to_owned()])
 }
 
 fn run(program: &str, args: &[&str]) -> Result<()> {

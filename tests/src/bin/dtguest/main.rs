@@ -8,6 +8,7 @@
 mod boot;
 mod device;
 mod serve;
+mod settle;
 
 use std::env;
 use std::process::ExitCode;
@@ -34,6 +35,7 @@ fn run() -> Result<()> {
         Some("init") => boot::system(),
         Some("serve") => serve::serve(),
         Some("poweroff") => boot::power_off(),
+        Some("settle") => settle::settle(&args[2..]),
         Some("device") => {
             let serial = args.get(2).context("usage: dtguest device SERIAL")?;
             println!(
@@ -42,6 +44,6 @@ fn run() -> Result<()> {
             );
             Ok(())
         }
-        _ => bail!("usage: dtguest init|serve|poweroff|device SERIAL"),
+        _ => bail!("usage: dtguest init|serve|poweroff|settle [OPTION...]|device SERIAL"),
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use dtloop_abi::{CaptureStream, Extent, Found, raw};
 use dtloop_core::identity::{Ranges, SAMPLE_BYTES, SAMPLE_LENGTH, Sample};
-use dtloop_proto::{Op, RecordBody};
+use dtloop_proto::{Op, RecordBody, RecordKind};
 
 use super::{End, Worker};
 use crate::ship::body_of;
@@ -136,6 +136,16 @@ impl Worker {
         }
     }
 
+    /// A record is sent, with this content: what it wrote may be remembered, behind [`Worker::forget_blocks`]. Whatever
+    /// changes it again is in a record that comes later.
+    pub(super) fn trace_block(&mut self, kind: RecordKind, body: &RecordBody, content: &[u8]) {
+        if kind == RecordKind::Data && body.op == Op::Write && body.is_committed() {
+            let start = body.start_sector.saturating_mul(raw::SECTOR_BYTES);
+            self.memory
+                .trace_block(body.device, start, content, body.time_ns);
+        }
+    }
+
     fn forget_range(&mut self, device: u32, start: u64, end: u64) {
         self.origins.forgotten |= self.memory.forget_blocks(device, start, end);
         let reading = self.origins.reading.as_mut();
@@ -209,6 +219,16 @@ impl Worker {
             for sample in samples.iter().filter(still) {
                 memory.origin.learn(*sample);
             }
+        }
+    }
+
+    /// Before the count of what others wrote is noted: what is being read may be from before.
+    pub(super) fn distrust_bypassed(&mut self, device: &raw::DeviceStatus) {
+        let known = self.memory.devices.get(device.label());
+        if known.is_some_and(|memory| memory.bypassed_sectors < device.bypass_sectors) {
+            let id = device.device_id;
+            self.origins.reading.take_if(|reading| reading.device == id);
+            self.origins.forgotten = true;
         }
     }
 

@@ -142,6 +142,7 @@ impl Worker {
     ) {
         self.chain.chain.add(seq, kind, body, content);
         self.note_hash(seq, kind, content);
+        self.trace_block(kind, body, content);
     }
 
     /// A session goes on behind record `durable`: so does the chain.

@@ -228,7 +228,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Tells the kernel what the target has, so that marks can go, and the target how new the intent file is.
+    /// Tells the kernel what both sides have durably, so that marks can go, and the target how new the intent file is.
     pub(super) fn tend_intents(
         &mut self,
         stream: &dyn CaptureStream,
@@ -243,6 +243,7 @@ impl Worker {
             return Ok(());
         }
         let acked = session.core.releasable().min(stream.ring().committed());
+        let acked = self.durable_below(stream, acked);
         let Some(cleared) = stream.intent_clear(acked)? else {
             return Ok(());
         };

@@ -106,14 +106,17 @@ impl Worker {
             && direct
             && self.resync.is_idle()
             && states().all(DeviceState::is_consistent);
-        // A device that was mirrored once, or is to be, is mirrored without asking, as soon as the target is there.
-        let once = |device: &DeviceStatus| {
+        // A device that was mirrored once, or is to be, is mirrored without asking, as soon as the target is there; unless nobody
+        // knows which of device and copy is newer.
+        let by_itself = |device: &DeviceStatus| {
             let memory = self.memory.devices.get(&device.label);
-            memory.is_some_and(|memory| memory.mirrored_once || memory.wanted)
+            memory.is_some_and(|memory| {
+                (memory.mirrored_once || memory.wanted) && memory.doubt.is_none()
+            })
         };
         let stuck = |device: &&DeviceStatus| match device.state {
             DeviceState::Error | DeviceState::VerifyNeeded { .. } => true,
-            DeviceState::MirrorNeeded => !once(device),
+            DeviceState::MirrorNeeded => !by_itself(device),
             _ => false,
         };
         snapshot.hopeless = snapshot.status.devices.iter().find(stuck).map(|device| {

@@ -78,6 +78,7 @@ impl Worker {
         let mut is_news = false;
         for device in devices {
             self.watch_boot(device);
+            self.distrust_bypassed(device);
             let new =
                 self.memory
                     .on_bypass_count(device.device_id, device.bypass_sectors, unix_ms());

@@ -218,24 +218,42 @@ fn mirrored(result: &MirrorResult) -> (String, Code) {
 
 fn verified(result: &VerifyResult) -> (String, Code) {
     let name = name(result.number, &result.label);
+    let differing = size::bytes(result.differing_bytes);
     if !result.complete {
         let why = reason(result.reason.as_ref());
-        return (format!("{name}: not verified: {why}\n"), Code::Failed);
+        let mut text = format!("{name}: not verified: {why}\n");
+        if result.differing_bytes > 0 {
+            text += &format!("{name}: {differing} differed until then\n");
+        }
+        return (text + &ranges(result), Code::Failed);
     }
     let compared = format!(
         "{} compared in {}",
         size::bytes(result.compared_bytes),
         size::duration(Duration::from_millis(result.elapsed_ms))
     );
-    if result.differing_bytes == 0 {
-        return (format!("{name}: identical, {compared}\n"), Code::Done);
-    }
-    let differing = size::bytes(result.differing_bytes);
-    if result.is_identical() {
-        let line = format!("{name}: {differing} differed and were repaired, {compared}\n");
-        return (line, Code::Done);
-    }
-    let mut text = format!("{name}: {differing} differ, {compared}\n");
+    let (found, code) = match result {
+        result if result.differing_bytes == 0 => ("identical".to_owned(), Code::Done),
+        result if result.is_identical() => (
+            format!("{differing} differed and were repaired"),
+            Code::Done,
+        ),
+        result if result.repaired_bytes > 0 => {
+            let repaired = size::bytes(result.repaired_bytes);
+            let found = format!("{differing} differed, {repaired} of them were repaired");
+            (found, Code::Differs)
+        }
+        _ => (format!("{differing} differ"), Code::Differs),
+    };
+    (
+        format!("{name}: {found}, {compared}\n") + &ranges(result),
+        code,
+    )
+}
+
+/// The ranges that differed, whether or not they were repaired: where they are tells what may have been at work.
+fn ranges(result: &VerifyResult) -> String {
+    let mut text = String::new();
     for extent in result.extents.iter().take(EXTENTS_SHOWN) {
         text += &format!(
             "  at byte {}, {} bytes, compared at record {}\n",
@@ -248,7 +266,7 @@ fn verified(result: &VerifyResult) -> (String, Code) {
             result.extents.len() - EXTENTS_SHOWN
         );
     }
-    (text, Code::Differs)
+    text
 }
 
 /// Differing ranges that are shown: enough to see a pattern, few enough for one screen.
@@ -311,6 +329,11 @@ loop1 (vol): 4 KiB differ, 1 GiB compared in 2.0s
   at byte 4096, 4096 bytes, compared at record 7
 ";
         assert_eq!(text, expected);
+        let (text, _) = verified(&result(4096, 4096));
+        assert!(
+            text.contains("differed and were repaired") && text.contains("at byte 4096,"),
+            "{text}"
+        );
         let mut many = result(4096, 0);
         many.extents = vec![many.extents[0]; 1000];
         let (text, _) = verified(&many);
