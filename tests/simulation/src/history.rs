@@ -24,7 +24,9 @@ impl Digest {
     pub fn of(content: &[u8]) -> Self {
         let hashes = content.chunks(BLOCK).enumerate();
         let blocks: Vec<u64> = hashes.map(|(index, block)| hash(index, block)).collect();
-        let sum = blocks.iter().fold(0_u64, |sum, block| sum.wrapping_add(*block));
+        let sum = blocks
+            .iter()
+            .fold(0_u64, |sum, block| sum.wrapping_add(*block));
         Self { blocks, sum }
     }
 
@@ -64,7 +66,12 @@ impl History {
         self.full = Some(BTreeMap::new());
     }
 
-    pub fn note_full(&mut self, stream: [u8; 16], seq: u64, contents: impl FnOnce() -> Vec<Vec<u8>>) {
+    pub fn note_full(
+        &mut self,
+        stream: [u8; 16],
+        seq: u64,
+        contents: impl FnOnce() -> Vec<Vec<u8>>,
+    ) {
         if let Some(full) = &mut self.full {
             full.insert((stream, seq), contents());
         }
@@ -72,15 +79,27 @@ impl History {
 
     /// Which sectors differ from what a device held at that record: their numbers, what they hold, and what they held.
     pub fn explain(&self, stream: [u8; 16], seq: u64, device: usize, content: &[u8]) -> String {
-        let full = self.full.as_ref().and_then(|full| full.get(&(stream, seq))?.get(device));
-        let Some(held) = full else { return String::new() };
-        let number = |sector: &[u8]| sector.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let full = self
+            .full
+            .as_ref()
+            .and_then(|full| full.get(&(stream, seq))?.get(device));
+        let Some(held) = full else {
+            return String::new();
+        };
+        let number = |sector: &[u8]| {
+            sector
+                .first_chunk()
+                .map_or(0, |bytes| u64::from_le_bytes(*bytes))
+        };
         let sectors = content.chunks(512).zip(held.chunks(512)).enumerate();
         let other: Vec<_> = sectors
             .filter(|(_, (a, b))| a != b)
             .map(|(at, (a, b))| format!("{at}: {} for {}", number(a), number(b)))
             .collect();
-        format!(" (sectors, the numbers of their writes: {})", other.join(", "))
+        format!(
+            " (sectors, the numbers of their writes: {})",
+            other.join(", ")
+        )
     }
 
     pub fn get(&self, stream: [u8; 16], seq: u64, device: usize) -> Option<u64> {

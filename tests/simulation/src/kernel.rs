@@ -13,7 +13,6 @@ use dtloop_abi::{
     BackingBlocks, CaptureStream, Error, Extent, Operation, Result, Ring, SyncRequest, raw,
 };
 
-
 use crate::history::{Digest, History};
 use crate::random::Random;
 
@@ -92,7 +91,10 @@ fn new_stream(random: &mut Random, descs: u32) -> (FakeStream, [u8; 16]) {
     let mut uuid = [0; 16];
     uuid[..8].copy_from_slice(&random.draw().to_le_bytes());
     uuid[8..].copy_from_slice(&random.draw().to_le_bytes());
-    (FakeStream::new("db", RING_BYTES, descs).with_uuid(uuid), uuid)
+    (
+        FakeStream::new("db", RING_BYTES, descs).with_uuid(uuid),
+        uuid,
+    )
 }
 
 fn bytes(sectors: u64) -> usize {
@@ -104,11 +106,18 @@ impl Model {
     fn note(&mut self) {
         let next = self.stream.status().expect("a stream").next_seq;
         while self.noted < next {
-            let sums = self.devices.iter().map(|device| device.digest.sum()).collect();
+            let sums = self
+                .devices
+                .iter()
+                .map(|device| device.digest.sum())
+                .collect();
             self.history.note(self.uuid, self.noted, sums);
             let devices = &self.devices;
             self.history.note_full(self.uuid, self.noted, || {
-                devices.iter().map(|device| device.content.clone()).collect()
+                devices
+                    .iter()
+                    .map(|device| device.content.clone())
+                    .collect()
             });
             self.noted += 1;
         }
@@ -123,7 +132,9 @@ impl Model {
     fn admit(&mut self, device: usize, start: u64, sectors: u64) {
         let regions = start / REGION_SECTORS..(start + sectors).div_ceil(REGION_SECTORS);
         let known = &mut self.devices[device];
-        let cold = regions.clone().any(|region| !known.marked.contains(&region));
+        let cold = regions
+            .clone()
+            .any(|region| !known.marked.contains(&region));
         known.marked.extend(regions.clone());
         known.recent.extend(regions);
         if cold && self.is_tracking {
@@ -174,7 +185,8 @@ impl Model {
                     let (id, marked) = (self.devices[at].id, self.devices[at].marked.clone());
                     for region in marked {
                         let device = &self.devices[at];
-                        let rests = !device.recent.contains(&region) && !device.suspect.contains(&region);
+                        let rests =
+                            !device.recent.contains(&region) && !device.suspect.contains(&region);
                         if rests && !self.is_dirty(id, region * REGION_SECTORS, REGION_SECTORS) {
                             self.devices[at].marked.remove(&region);
                             gone = true;
@@ -299,18 +311,30 @@ impl Kernel {
     }
 
     /// An application's change: `op` with this payload, or as many sectors. `late`: the record is complete later only.
-    pub fn change(&self, device: usize, op: u8, start: u64, sectors: u64, payload: &[u8], late: bool) {
+    pub fn change(
+        &self,
+        device: usize,
+        op: u8,
+        start: u64,
+        sectors: u64,
+        payload: &[u8],
+        late: bool,
+    ) {
         let mut model = self.model();
         if op == raw::OP_FLUSH {
             // A flush that ends says that all is durable that had ended before.
             let (stream, id) = (model.stream.clone(), model.devices[device].id);
             stream.flush(id);
-            let open: Vec<_> = model.open.iter().map(|(.., device, at, sectors)| (*device, *at, *sectors)).collect();
+            let open: Vec<_> = model
+                .open
+                .iter()
+                .map(|(.., device, at, sectors)| (*device, *at, *sectors))
+                .collect();
             let known = &mut model.devices[device];
             for sector in std::mem::take(&mut known.cached) {
-                let is_open = open.iter().any(|(_, at, sectors)| {
-                    (*at..at + sectors).contains(&(sector as u64))
-                });
+                let is_open = open
+                    .iter()
+                    .any(|(_, at, sectors)| (*at..at + sectors).contains(&(sector as u64)));
                 if is_open {
                     known.cached.insert(sector);
                 }
@@ -329,12 +353,21 @@ impl Kernel {
             _ => known.content[from..to].fill(0),
         }
         known.cached.extend(from / SECTOR..to / SECTOR);
-        let Device { content, digest, id, .. } = known;
+        let Device {
+            content,
+            digest,
+            id,
+            ..
+        } = known;
         digest.update(content, from, to - from);
         let change = Change {
             op,
             device: *id,
-            flags: if op == raw::OP_WRITE { 0 } else { raw::F_ZEROES },
+            flags: if op == raw::OP_WRITE {
+                0
+            } else {
+                raw::F_ZEROES
+            },
             start_sector: start,
             sectors: sectors as u32,
             payload,
@@ -574,7 +607,10 @@ impl CaptureStream for Opened {
         if !model.is_tracking {
             return Ok(None);
         }
-        assert!(acked <= self.stream.status()?.committed, "acknowledged {acked}, which is not committed");
+        assert!(
+            acked <= self.stream.status()?.committed,
+            "acknowledged {acked}, which is not committed"
+        );
         model.clear(acked, now);
         Ok(Some(raw::IntentClear {
             acked,

@@ -24,8 +24,8 @@ mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use corosensei::stack::DefaultStack;
@@ -40,7 +40,9 @@ const SEEDS: &str = include_str!("../seeds.txt");
 const CANARY_SEEDS: u64 = 15_000;
 
 fn known_seeds() -> Vec<u64> {
-    let seeds = SEEDS.lines().filter_map(|line| line.split('#').next()?.trim().parse().ok());
+    let seeds = SEEDS
+        .lines()
+        .filter_map(|line| line.split('#').next()?.trim().parse().ok());
     seeds.collect()
 }
 
@@ -72,8 +74,10 @@ impl Tally {
         self.schedules.fetch_add(1, Ordering::Relaxed);
         self.turns.fetch_add(figures.turns, Ordering::Relaxed);
         self.crashes.fetch_add(figures.crashes, Ordering::Relaxed);
-        self.inspections.fetch_add(figures.inspections, Ordering::Relaxed);
-        self.simulated_s.fetch_add(figures.simulated.as_secs(), Ordering::Relaxed);
+        self.inspections
+            .fetch_add(figures.inspections, Ordering::Relaxed);
+        self.simulated_s
+            .fetch_add(figures.simulated.as_secs(), Ordering::Relaxed);
     }
 }
 
@@ -169,10 +173,15 @@ fn main() -> ExitCode {
         }
         Some("one") => {
             let filter = tracing_subscriber::EnvFilter::from_default_env();
-            tracing_subscriber::fmt().with_env_filter(filter).without_time().init();
+            tracing_subscriber::fmt()
+                .with_env_filter(filter)
+                .without_time()
+                .init();
             let seed = number(arguments.get(1)).unwrap_or(1);
             let canary = arguments.get(2).and_then(|name| {
-                Canary::ALL.into_iter().find(|canary| format!("{canary:?}") == *name)
+                Canary::ALL
+                    .into_iter()
+                    .find(|canary| format!("{canary:?}") == *name)
             });
             dtloop_canary::let_out(canary);
             let result = attempt(seed, true, &mut vec![]);
@@ -188,5 +197,9 @@ fn main() -> ExitCode {
             false
         }
     };
-    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

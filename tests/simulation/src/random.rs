@@ -24,7 +24,11 @@ impl Random {
 
     /// A number below that one; 0 if there is none.
     pub fn below(&mut self, end: u64) -> u64 {
-        if end == 0 { 0 } else { (self.draw() >> 11) % end }
+        if end == 0 {
+            0
+        } else {
+            (self.draw() >> 11) % end
+        }
     }
 
     pub fn one_in(&mut self, n: u64) -> bool {

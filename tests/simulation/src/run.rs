@@ -97,9 +97,17 @@ impl Run {
             kernel.keep_all();
         }
         let queue = (!random.one_in(3)).then_some((3 + random.below(3)) * (1280 << 10));
-        let compression = if random.one_in(4) { Compression::Lz4 } else { Compression::Off };
+        let compression = if random.one_in(4) {
+            Compression::Lz4
+        } else {
+            Compression::Off
+        };
         let source = Source::new(random.draw(), kernel, queue, random.one_in(3), compression);
-        let resync = if random.one_in(4) { ResyncPolicy::InPlace } else { ResyncPolicy::Staged };
+        let resync = if random.one_in(4) {
+            ResyncPolicy::InPlace
+        } else {
+            ResyncPolicy::Staged
+        };
         let target = Target::new(random.draw(), &sizes, resync);
         Self {
             world,
@@ -178,7 +186,11 @@ impl Run {
     }
 
     fn begin(&mut self) {
-        let kind = if self.random.one_in(2) { JobKind::Full } else { JobKind::Difference };
+        let kind = if self.random.one_in(2) {
+            JobKind::Full
+        } else {
+            JobKind::Difference
+        };
         self.say(|| format!("operator: mirror, {kind:?}"));
         self.answer = self.source.ask(&self.world, Ask::Start(kind));
     }
@@ -189,25 +201,38 @@ impl Run {
         let most = if self.random.one_in(8) { 64 } else { 12 };
         let sectors = 1 + self.random.below(most);
         // Half of them in one place: they overlap.
-        let span = if self.random.one_in(2) { size.min(40) } else { size };
-        let start = self.random.below(span.saturating_sub(sectors) + 1).min(size - sectors.min(size));
+        let span = if self.random.one_in(2) {
+            size.min(40)
+        } else {
+            size
+        };
+        let start = self
+            .random
+            .below(span.saturating_sub(sectors) + 1)
+            .min(size - sectors.min(size));
         let sectors = sectors.min(size - start);
         self.counter += 1;
         let late = self.random.one_in(6);
         match self.random.below(12) {
             0..2 => {
                 self.say(|| format!("flush vol{device}"));
-                self.source.kernel.change(device, raw::OP_FLUSH, 0, 0, &[], false);
+                self.source
+                    .kernel
+                    .change(device, raw::OP_FLUSH, 0, 0, &[], false);
             }
             2 => {
                 self.say(|| format!("zero vol{device} {start}+{sectors}"));
-                self.source.kernel.change(device, raw::OP_WRITE_ZEROES, start, sectors, &[], late);
+                self.source
+                    .kernel
+                    .change(device, raw::OP_WRITE_ZEROES, start, sectors, &[], late);
             }
             _ => {
                 let counter = self.counter;
                 self.say(|| format!("write vol{device} {start}+{sectors}, number {counter}"));
                 let payload = counter.to_le_bytes().repeat(sectors as usize * 64);
-                self.source.kernel.change(device, raw::OP_WRITE, start, sectors, &payload, late);
+                self.source
+                    .kernel
+                    .change(device, raw::OP_WRITE, start, sectors, &payload, late);
             }
         }
         self.world.happen();
@@ -216,7 +241,11 @@ impl Run {
     fn step(&mut self) -> Result<(), String> {
         match self.random.below(100) {
             0..34 => {
-                let count = if self.random.one_in(12) { 80 } else { 1 + self.random.below(6) };
+                let count = if self.random.one_in(12) {
+                    80
+                } else {
+                    1 + self.random.below(6)
+                };
                 for _ in 0..count {
                     self.change();
                     if self.random.one_in(3) {
@@ -253,10 +282,15 @@ impl Run {
                 self.world.happen();
             }
             97 => {
-                let machine = if self.random.one_in(2) { Machine::Source } else { Machine::Target };
+                let machine = if self.random.one_in(2) {
+                    Machine::Source
+                } else {
+                    Machine::Target
+                };
                 let (ahead, by) = (self.random.one_in(2), 1 + self.random.below(100_000));
                 self.say(|| format!("{machine:?}: the clock is set, {by} s, ahead: {ahead}"));
-                self.world.set_clock(machine, ahead, Duration::from_secs(by));
+                self.world
+                    .set_clock(machine, ahead, Duration::from_secs(by));
             }
             98 => {
                 if !self.source.is_running() {
@@ -302,7 +336,11 @@ impl Run {
         self.note_released();
         self.source.lose_power(&self.world);
         let older = self.random.one_in(6);
-        if self.source.kernel.power_cut(&mut self.random, self.descs, older) {
+        if self
+            .source
+            .kernel
+            .power_cut(&mut self.random, self.descs, older)
+        {
             // It cannot tell what the power cut took back from what a restored disk lacks: an operator has to.
             self.begun = false;
         }
@@ -360,14 +398,23 @@ impl Run {
 
     fn inspect(&mut self, power: bool) -> Result<(), String> {
         self.figures.inspections += 1;
-        let found = self.target.inspect(&self.source.kernel, &mut self.random, power)?;
+        let found = self
+            .target
+            .inspect(&self.source.kernel, &mut self.random, power)?;
         self.say(|| format!("target: would be at record {} after a crash", found.applied));
         if self.is_whole && self.keeps && !found.is_whole && !found.is_refused {
-            return Err(format!("the last consistent state is gone, at record {}", found.applied));
+            return Err(format!(
+                "the last consistent state is gone, at record {}",
+                found.applied
+            ));
         }
         self.is_whole |= found.is_whole && found.applied > 0;
         let (stream, released) = self.released;
-        if !self.restored && !self.source.has_queue() && found.stream == stream && found.applied + 1 < released {
+        if !self.restored
+            && !self.source.has_queue()
+            && found.stream == stream
+            && found.applied + 1 < released
+        {
             return Err(format!(
                 "records below {released} were given back, and the target has only those up to {}",
                 found.applied
@@ -447,7 +494,11 @@ impl Run {
         });
         self.world.end_silent_connections();
         self.source.kernel.finish_open(&mut self.random);
-        for disk in [&self.source.disk, &self.source.queue_disk, &self.target.disk] {
+        for disk in [
+            &self.source.disk,
+            &self.source.queue_disk,
+            &self.target.disk,
+        ] {
             disk.heal();
             disk.set_capacity(1 << 40);
         }
@@ -470,14 +521,23 @@ impl Run {
                 break;
             }
             if self.world.time() > limit {
-                let devices: Vec<_> = snapshot.status.devices.iter().map(|device| (&device.label, &device.state, &device.reason)).collect();
+                let devices: Vec<_> = snapshot
+                    .status
+                    .devices
+                    .iter()
+                    .map(|device| (&device.label, &device.state, &device.reason))
+                    .collect();
                 return Err(format!(
                     "it does not become in sync again: {:?}, {devices:?}, job {:?}",
                     snapshot.status.connection,
                     snapshot.job.map(|job| job.state)
                 ));
             }
-            let stuck = snapshot.status.devices.iter().any(|device| matches!(device.state, DeviceState::MirrorNeeded));
+            let stuck = snapshot
+                .status
+                .devices
+                .iter()
+                .any(|device| matches!(device.state, DeviceState::MirrorNeeded));
             let connected = matches!(snapshot.status.connection, Connection::Connected { .. });
             if stuck && connected && !self.begun && self.answer.is_none() {
                 self.begin();
@@ -485,11 +545,19 @@ impl Run {
         }
         for device in 0..self.sizes.len() {
             let label = format!("vol{device}");
-            let volume = self.target.volume(&label).ok_or_else(|| format!("{label} is not there"))?;
+            let volume = self
+                .target
+                .volume(&label)
+                .ok_or_else(|| format!("{label} is not there"))?;
             let content = self.source.kernel.content(device);
-            let differs = volume.chunks(512).zip(content.chunks(512)).position(|(a, b)| a != b);
+            let differs = volume
+                .chunks(512)
+                .zip(content.chunks(512))
+                .position(|(a, b)| a != b);
             if let Some(sector) = differs {
-                return Err(format!("\"{label}\" is in sync, and differs at sector {sector}"));
+                return Err(format!(
+                    "\"{label}\" is in sync, and differs at sector {sector}"
+                ));
             }
         }
         self.inspect(true)

@@ -3,8 +3,8 @@
 //! The source: the model of its kernel, and the program's own worker of a set on a disk of the simulation.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 
 use dtloop_abi::CaptureStream;
 use dtloop_agent::config::{Compression, QueueConfig, SetConfig, SyncMode, TransportKind};
@@ -44,14 +44,24 @@ impl Streams for OneStream {
 }
 
 impl Source {
-    pub fn new(seed: u64, kernel: Kernel, queue: Option<u64>, each: bool, compression: Compression) -> Self {
+    pub fn new(
+        seed: u64,
+        kernel: Kernel,
+        queue: Option<u64>,
+        each: bool,
+        compression: Compression,
+    ) -> Self {
         let queue = queue.map(|bytes| QueueConfig {
             dir: PathBuf::from("/queue"),
             size: Size(bytes),
             min_free: Size(0),
             segment_size: Size(1280 << 10),
             start_at: 50,
-            sync: if each { SyncMode::Each } else { SyncMode::Group },
+            sync: if each {
+                SyncMode::Each
+            } else {
+                SyncMode::Group
+            },
         });
         let config = SetConfig {
             name: SET.into(),

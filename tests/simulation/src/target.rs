@@ -13,7 +13,9 @@ use dtloop_runtime::TcpListener;
 use dtloop_target::applier::{Applier, Parts, Pause, Saved, Settings};
 use dtloop_target::catalog::Catalog;
 use dtloop_target::clock::RealClock;
-use dtloop_target::config::{Config, JournalConfig, ResyncPolicy, StagingConfig, TransportKind, VolumeConfig};
+use dtloop_target::config::{
+    Config, JournalConfig, ResyncPolicy, StagingConfig, TransportKind, VolumeConfig,
+};
 use dtloop_target::replica::set_dir;
 use dtloop_target::server::{self, Shared};
 
@@ -141,7 +143,12 @@ impl Target {
     /// # Errors
     ///
     /// What is wrong.
-    pub fn inspect(&self, kernel: &Kernel, random: &mut Random, power: bool) -> Result<Found, String> {
+    pub fn inspect(
+        &self,
+        kernel: &Kernel,
+        random: &mut Random,
+        power: bool,
+    ) -> Result<Found, String> {
         let disk = self.disk.fork(random.draw());
         if power {
             disk.crash();
@@ -149,7 +156,8 @@ impl Target {
             disk.restart();
         }
         let state_path = Self::dir().join("state");
-        let saved: Option<Saved> = dtloop_store::load_on(&disk, &state_path).map_err(|error| format!("{error:?}"))?;
+        let saved: Option<Saved> =
+            dtloop_store::load_on(&disk, &state_path).map_err(|error| format!("{error:?}"))?;
         let Some(saved) = saved else {
             return Ok(Found::default());
         };
@@ -169,7 +177,8 @@ impl Target {
         };
         let loaded = Applier::load(parts, settings, &Self::dir(), SOURCE, SET);
         let mut applier = loaded.map_err(|error| format!("the set cannot be loaded: {error:?}"))?;
-        finish(|| applier.replay()).map_err(|pause| format!("the journal cannot be replayed: {pause}"))?;
+        finish(|| applier.replay())
+            .map_err(|pause| format!("the journal cannot be replayed: {pause}"))?;
         check_staged(&disk, kernel, applier.state(), "after the replay")?;
         let state = applier.state().clone();
         let keeps = |label: &String| {
@@ -183,12 +192,20 @@ impl Target {
             stream: state.stream_uuid.0,
             applied: state.applied_seq,
             is_whole: labels.all(|label| state.is_whole(label) || keeps(label)),
-            is_refused: state.volumes.values().any(|volume| volume.refused.is_some()),
+            is_refused: state
+                .volumes
+                .values()
+                .any(|volume| volume.refused.is_some()),
         };
-        if state.stage.as_ref().is_some_and(|stage| stage.phase == Phase::Staged) {
+        if state
+            .stage
+            .as_ref()
+            .is_some_and(|stage| stage.phase == Phase::Staged)
+        {
             return Ok(found);
         }
-        finish(|| applier.settle().map(drop)).map_err(|pause| format!("it cannot be settled: {pause}"))?;
+        finish(|| applier.settle().map(drop))
+            .map_err(|pause| format!("it cannot be settled: {pause}"))?;
         for (number, (label, _)) in state.volumes.iter().enumerate() {
             if !state.in_sync(label) {
                 continue;
@@ -227,8 +244,17 @@ fn read_volume(disk: &SimDisk, label: &str) -> Option<Vec<u8>> {
 }
 
 /// Volumes that are staged hold their last consistent state.
-fn check_staged(disk: &SimDisk, kernel: &Kernel, state: &SetState, when: &str) -> Result<(), String> {
-    let Some(stage) = state.stage.as_ref().filter(|stage| stage.phase == Phase::Staged) else {
+fn check_staged(
+    disk: &SimDisk,
+    kernel: &Kernel,
+    state: &SetState,
+    when: &str,
+) -> Result<(), String> {
+    let Some(stage) = state
+        .stage
+        .as_ref()
+        .filter(|stage| stage.phase == Phase::Staged)
+    else {
         return Ok(());
     };
     for (number, label) in state.volumes.keys().enumerate() {
@@ -236,7 +262,9 @@ fn check_staged(disk: &SimDisk, kernel: &Kernel, state: &SetState, when: &str) -
             continue;
         }
         let (stream, seq) = (stage.since.stream_uuid.0, stage.since.seq);
-        let Some(wanted) = kernel.at(stream, seq, number) else { continue };
+        let Some(wanted) = kernel.at(stream, seq, number) else {
+            continue;
+        };
         let volume = read_volume(disk, label).ok_or("a staged volume is not there")?;
         if Digest::of(&volume).sum() != wanted {
             return Err(format!(
@@ -257,4 +285,3 @@ fn finish(mut call: impl FnMut() -> Result<(), Pause>) -> Result<(), String> {
         }
     }
 }
-

@@ -252,14 +252,22 @@ impl World {
             let goes_on = |thread: &Thread| {
                 thread.seen != happened || thread.until.is_some_and(|until| until <= now)
             };
-            let ready = inner.threads.iter().filter(|thread| goes_on(thread)).count();
+            let ready = inner
+                .threads
+                .iter()
+                .filter(|thread| goes_on(thread))
+                .count();
             if ready == 0 {
                 let wakes = inner.threads.iter().filter_map(|thread| thread.until);
                 let arrivals = inner.connections.iter().flat_map(|connection| {
-                    connection.pipes.iter().filter(|pipe| !pipe.dead).flat_map(|pipe| {
-                        let first = pipe.pieces.front().map(|(at, _)| *at);
-                        [first, pipe.ended].into_iter().flatten()
-                    })
+                    connection
+                        .pipes
+                        .iter()
+                        .filter(|pipe| !pipe.dead)
+                        .flat_map(|pipe| {
+                            let first = pipe.pieces.front().map(|(at, _)| *at);
+                            [first, pipe.ended].into_iter().flatten()
+                        })
                 });
                 let wakes = wakes.min();
                 let arrives = arrivals.filter(|at| *at > now).min();
@@ -287,7 +295,10 @@ impl World {
         let result = turns.resume(());
         self.current.set(None);
         let mut inner = self.inner.borrow_mut();
-        let at = inner.threads.iter().position(|thread| thread.number == number);
+        let at = inner
+            .threads
+            .iter()
+            .position(|thread| thread.number == number);
         let at = at.expect("nobody ends a thread that has its turn");
         match result {
             CoroutineResult::Yield(()) => inner.threads[at].turns = Some(turns),
@@ -315,10 +326,17 @@ impl World {
         {
             let mut inner = self.inner.borrow_mut();
             let happened = inner.happened;
-            let at = inner.threads.iter().position(|thread| thread.number == number);
+            let at = inner
+                .threads
+                .iter()
+                .position(|thread| thread.number == number);
             if let Some(thread) = at.and_then(|at| inner.threads.get_mut(at)) {
                 thread.until = until;
-                thread.seen = if sees_all { happened } else { happened.wrapping_sub(1) };
+                thread.seen = if sees_all {
+                    happened
+                } else {
+                    happened.wrapping_sub(1)
+                };
             }
         }
         let way = WAY_BACK.with(Cell::get);
@@ -473,7 +491,8 @@ impl dtloop_runtime::World for World {
         let mut inner = self.inner.borrow_mut();
         let mut waiting = inner.connections.iter_mut().enumerate();
         // The source may have left already.
-        let found = waiting.find(|(_, connection)| !connection.accepted && !connection.pipes[0].deaf);
+        let found =
+            waiting.find(|(_, connection)| !connection.accepted && !connection.pipes[0].deaf);
         let (at, connection) = found.ok_or_else(would_block)?;
         connection.accepted = true;
         let port = 1024 + (at % 60000) as u16;
@@ -508,7 +527,11 @@ impl dtloop_runtime::World for World {
                 pipe.bytes -= bytes.min(pipe.bytes);
                 inner.happened += 1;
                 // An empty piece says nothing.
-                if bytes == 0 { Err(would_block()) } else { Ok(bytes) }
+                if bytes == 0 {
+                    Err(would_block())
+                } else {
+                    Ok(bytes)
+                }
             }
             Some(_) => Err(would_block()),
             None => match pipe.ended {
@@ -549,7 +572,10 @@ impl dtloop_runtime::World for World {
             let left = bytes - piece.len();
             piece.extend_from_slice(&part[..part.len().min(left)]);
         }
-        let last = pipe.pieces.back().map_or(Duration::ZERO, |(there, _)| *there);
+        let last = pipe
+            .pieces
+            .back()
+            .map_or(Duration::ZERO, |(there, _)| *there);
         let there = (inner.now + latency).max(last);
         pipe.bytes += bytes;
         pipe.pieces.push_back((there, piece));
@@ -565,7 +591,10 @@ impl dtloop_runtime::World for World {
         let Some(connection) = inner.connections.get_mut(at) else {
             return;
         };
-        let last = connection.pipes[side].pieces.back().map(|(there, _)| *there);
+        let last = connection.pipes[side]
+            .pieces
+            .back()
+            .map(|(there, _)| *there);
         let now = inner.now.max(last.unwrap_or_default());
         connection.pipes[side].ended.get_or_insert(now);
         connection.pipes[1 - side].deaf = true;
@@ -586,7 +615,9 @@ thread_local! {
 
 /// Makes this the world of everything that runs on this thread of the system, or ends it.
 pub fn enter(world: Option<Rc<World>>) {
-    let shared = world.clone().map(|world| world as Rc<dyn dtloop_runtime::World>);
+    let shared = world
+        .clone()
+        .map(|world| world as Rc<dyn dtloop_runtime::World>);
     dtloop_runtime::enter(shared);
     HERE.with(|here| *here.borrow_mut() = world);
 }

@@ -9,8 +9,8 @@ use std::net::{Shutdown, SocketAddr, ToSocketAddrs};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use dtloop_runtime::TcpStream;
 use dtloop_proto::{Decoded, FrameError, Header, Message, decode};
+use dtloop_runtime::TcpStream;
 use dtloop_trust::tls::{self, Expect, REPLICATE};
 use dtloop_trust::vault::VaultError;
 use dtloop_trust::{Pin, Tunnel, TunnelError, Vault};
@@ -298,11 +298,14 @@ impl Link {
                 Ok(true) => return Ok(()),
                 Ok(false) => moved = dtloop_runtime::now(),
                 Err(LinkError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let left = patience.map(|patience| patience.saturating_sub(dtloop_runtime::elapsed(begin)));
+                    let left = patience
+                        .map(|patience| patience.saturating_sub(dtloop_runtime::elapsed(begin)));
                     if left.is_some_and(|left| left.is_zero()) {
                         return Ok(());
                     }
-                    if dtloop_runtime::elapsed(moved) > SILENCE_MAX && dtloop_runtime::elapsed(self.heard) > SILENCE_MAX {
+                    if dtloop_runtime::elapsed(moved) > SILENCE_MAX
+                        && dtloop_runtime::elapsed(self.heard) > SILENCE_MAX
+                    {
                         return Err(LinkError::Silent);
                     }
                     let begin = dtloop_runtime::now();

@@ -287,7 +287,8 @@ impl Worker {
     ) -> Result<Self, dtloop_store::StateFileError> {
         let path = state_dir.join(format!("{}.set", config.name));
         let memory: SetMemory = dtloop_store::load_on(&*disk, &path)?.unwrap_or_default();
-        let last_verify = dtloop_store::load_on(&*disk, &path.with_extension("verified"))?.unwrap_or_default();
+        let last_verify =
+            dtloop_store::load_on(&*disk, &path.with_extension("verified"))?.unwrap_or_default();
         let log_path = path.with_extension("verify.log");
         shared.set_verify_log(&log_path);
         let last_recovery = memory
@@ -460,7 +461,9 @@ impl Worker {
         // A mirror that has come to rest is not waited for: its place must be found again.
         let rests = |planner: &Planner| planner.state().paused && planner.in_flight() == 0;
         let now = now || self.planner.as_ref().is_some_and(rests);
-        if self.memory == self.persisted || (!now && dtloop_runtime::elapsed(self.persisted_at) < PERSIST_EVERY) {
+        if self.memory == self.persisted
+            || (!now && dtloop_runtime::elapsed(self.persisted_at) < PERSIST_EVERY)
+        {
             return;
         }
         match dtloop_store::store_on(&*self.disk, &self.path, &self.memory) {

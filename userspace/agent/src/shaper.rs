@@ -69,7 +69,12 @@ impl Shaper {
         let path = state_dir.join(format!("{}.bandwidth", config.name));
         Self {
             origin: dtloop_runtime::now(),
-            throttle: Throttle::new(Arc::clone(disk), &config.name, config.bandwidth.0.clone(), path),
+            throttle: Throttle::new(
+                Arc::clone(disk),
+                &config.name,
+                config.bandwidth.0.clone(),
+                path,
+            ),
             compressor: Compressor::new(config.compression),
             mirror: Pace::new(config.mirror_rate.0, now),
             resync: Pace::new(config.resync_rate.0, now),

@@ -62,7 +62,8 @@ impl JobView {
     }
 
     fn elapsed(&self) -> Duration {
-        self.finished.unwrap_or_else(|| dtloop_runtime::elapsed(self.started))
+        self.finished
+            .unwrap_or_else(|| dtloop_runtime::elapsed(self.started))
     }
 
     /// How far a device is.

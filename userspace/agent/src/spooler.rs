@@ -319,7 +319,11 @@ impl Spooler {
         let Some(queue) = &mut self.queue else { return };
         let oldest = self.shared.lock().spool.oldest().map(|batch| batch.place);
         let mut result = queue.free(oldest);
-        if result.is_ok() && self.measured.is_none_or(|at| dtloop_runtime::elapsed(at) > MEASURE_EVERY) {
+        if result.is_ok()
+            && self
+                .measured
+                .is_none_or(|at| dtloop_runtime::elapsed(at) > MEASURE_EVERY)
+        {
             self.measured = Some(dtloop_runtime::now());
             result = queue.usage().map(|usage| self.shared.lock().usage = usage);
         }

@@ -468,9 +468,8 @@ impl SetState {
             volume.is_some_and(|volume| volume.device != 0)
         };
         let mut fed = stage.labels.iter().filter(fed).peekable();
-        let whole = |label: &String| {
-            self.is_whole(label) || dtloop_canary::bites(Canary::PublishedTooSoon)
-        };
+        let whole =
+            |label: &String| self.is_whole(label) || dtloop_canary::bites(Canary::PublishedTooSoon);
         fed.peek().is_some() && fed.all(whole)
     }
 

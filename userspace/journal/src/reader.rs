@@ -130,7 +130,10 @@ impl Reader {
             let Some((file, segment)) = &self.file else {
                 break;
             };
-            if written.as_ref().is_none_or(|(number, _)| *number != segment.number) {
+            if written
+                .as_ref()
+                .is_none_or(|(number, _)| *number != segment.number)
+            {
                 if let Some((_, former)) = written.replace((segment.number, Arc::clone(file))) {
                     former.sync()?;
                 }

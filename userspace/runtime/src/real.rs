@@ -54,7 +54,11 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Waits for [`notify_all`].
-pub fn wait<'a, T>(changed: &Condvar, _: &'a Mutex<T>, held: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+pub fn wait<'a, T>(
+    changed: &Condvar,
+    _: &'a Mutex<T>,
+    held: MutexGuard<'a, T>,
+) -> MutexGuard<'a, T> {
     changed.wait(held).unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -175,11 +175,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Waits for [`notify_all`], or anything else.
-pub fn wait<'a, T>(
-    _: &Condvar,
-    mutex: &'a Mutex<T>,
-    held: MutexGuard<'a, T>,
-) -> MutexGuard<'a, T> {
+pub fn wait<'a, T>(_: &Condvar, mutex: &'a Mutex<T>, held: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     drop(held);
     world().park(None);
     lock(mutex)
@@ -430,7 +426,9 @@ impl TcpStream {
     ///
     /// Never.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
-        self.options.nonblocking.store(nonblocking, Ordering::Relaxed);
+        self.options
+            .nonblocking
+            .store(nonblocking, Ordering::Relaxed);
         Ok(())
     }
 

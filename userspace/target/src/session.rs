@@ -21,8 +21,8 @@ use dtloop_proto::message::{
     HandshakeOption, Hello, OPTION_CHAIN, OPTION_IN_PLACE, Refuse, Welcome, bounded_text,
 };
 use dtloop_proto::packed::OPTION_CODECS;
-use dtloop_runtime::TcpStream;
 use dtloop_proto::{Code, Codec, Decoded, Frame, Message, frame};
+use dtloop_runtime::TcpStream;
 
 use crate::applier::{Batch, Command, Durable, Item};
 use crate::journal::JournalError;

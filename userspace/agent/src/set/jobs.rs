@@ -2,7 +2,6 @@
 
 //! What the set's thread does for mirror, verify and resync.
 
-
 use dtloop_abi::{CaptureStream, SyncRequest};
 use dtloop_core::mirror::{self, Event, JobKind, Planner, Request};
 use dtloop_core::resync::Step;

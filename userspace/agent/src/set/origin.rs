@@ -81,7 +81,9 @@ fn read_blocks(
         let samples = offsets.into_iter().filter_map(&mut sample).collect();
         let _ = dtloop_runtime::post(&answer, samples);
     };
-    dtloop_runtime::spawn("blocks", read).is_ok().then_some(answered)
+    dtloop_runtime::spawn("blocks", read)
+        .is_ok()
+        .then_some(answered)
 }
 
 /// Whether a block may have been changed by a crash, or since the device joined the stream.
@@ -130,7 +132,12 @@ impl Worker {
 
     /// The agent before may have sent records, and let them go, whose changes it did not forget durably.
     pub(super) fn forget_origins(&mut self) {
-        let known: Vec<u32> = self.memory.devices.values().map(|item| item.device).collect();
+        let known: Vec<u32> = self
+            .memory
+            .devices
+            .values()
+            .map(|item| item.device)
+            .collect();
         for device in known {
             self.forget_range(device, 0, u64::MAX);
         }
@@ -289,7 +296,8 @@ impl Worker {
         let fits = |at: &u64| at.saturating_add(SAMPLE_BYTES) <= device.size_bytes();
         let offsets: Vec<u64> = origin.known().into_iter().filter(fits).collect();
         let answer = read_blocks(stream, device, offsets.clone());
-        let found = answer.and_then(|answer| dtloop_runtime::receive_timeout(&answer, LOOK_PATIENCE).ok());
+        let found =
+            answer.and_then(|answer| dtloop_runtime::receive_timeout(&answer, LOOK_PATIENCE).ok());
         let Some(found) = found else {
             return Ok(vec![]);
         };

@@ -65,10 +65,7 @@ impl ChainKeeper {
     pub(super) fn load(&mut self, stream_uuid: Uuid) {
         self.file = self.disk.open(&self.path, true).ok();
         let mut bytes = [0; KEPT_BYTES];
-        let read = self
-            .file
-            .as_ref()
-            .map(|file| file.read_at(&mut bytes, 0));
+        let read = self.file.as_ref().map(|file| file.read_at(&mut bytes, 0));
         let kept = match read {
             Some(Ok(())) => Kept::parse(&bytes, stream_uuid),
             _ => None,
@@ -214,7 +211,8 @@ impl Worker {
 
     /// Asks the target to prove what it applied, if there is something new and nothing asked.
     pub(super) fn prove(&mut self, session: &mut Session) -> Result<(), End> {
-        if self.chain.asked.is_some() || dtloop_runtime::elapsed(self.chain.asked_at) < PROVE_EVERY {
+        if self.chain.asked.is_some() || dtloop_runtime::elapsed(self.chain.asked_at) < PROVE_EVERY
+        {
             return Ok(());
         }
         let position = session.core.next_to_send();

@@ -10,7 +10,6 @@
 //!       +--> resync: OrderRestored
 //! ```
 
-
 use dtloop_abi::{CaptureStream, Extent, Found, raw};
 use dtloop_canary::Canary;
 use dtloop_core::coverage::{Base, Marks};

@@ -2,7 +2,6 @@
 
 //! What the set's thread does for requests of `dtloop`.
 
-
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, Failure, FailureCode};
 use dtloop_core::mirror::{DeviceJob, JobKind};

@@ -15,8 +15,8 @@ use dtloop_proto::{Code, Message, Op, RecordBody};
 
 use super::queueing::Source;
 use super::{
-    BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, OFFER_EVERY, PING_AFTER, PUBLISH_EVERY, Sent, Session,
-    WAKE_AHEAD, Worker,
+    BUSY_WAIT, DEVICE_WAIT, End, IDLE_WAIT, JOB_WAIT, OFFER_EVERY, PING_AFTER, PUBLISH_EVERY, Sent,
+    Session, WAKE_AHEAD, Worker,
 };
 use crate::link::{LinkError, SILENCE_MAX};
 use crate::shaper::Flight;
@@ -400,7 +400,8 @@ impl Worker {
                 Message::Volumes(volumes) => {
                     let known = std::mem::replace(&mut self.reports, volumes.volumes);
                     let is_new = |report: &&VolumeReport| {
-                        report.code != Code::OK && !known.iter().any(|other| other.text == report.text)
+                        report.code != Code::OK
+                            && !known.iter().any(|other| other.text == report.text)
                     };
                     for report in self.reports.iter().filter(is_new) {
                         tracing::error!(
@@ -465,7 +466,9 @@ impl Worker {
         if dtloop_runtime::elapsed(session.link.heard) > SILENCE_MAX {
             return Err(LinkError::Silent.into());
         }
-        if dtloop_runtime::elapsed(session.link.heard) > PING_AFTER && dtloop_runtime::elapsed(session.pinged) > PING_AFTER {
+        if dtloop_runtime::elapsed(session.link.heard) > PING_AFTER
+            && dtloop_runtime::elapsed(session.pinged) > PING_AFTER
+        {
             session.pinged = dtloop_runtime::now();
             session
                 .outbox

@@ -63,7 +63,9 @@ impl QueueHandle {
             shared,
             reader: QueueReader::new(home.clone()),
             home,
-            thread: Some(dtloop_runtime::spawn(&format!("queue {set}"), move || spooler.run())?),
+            thread: Some(dtloop_runtime::spawn(&format!("queue {set}"), move || {
+                spooler.run()
+            })?),
             told: 0,
         })
     }

@@ -57,7 +57,13 @@ impl Applier {
         if self.hardened || dtloop_canary::bites(Canary::ReplayedUnsynced) {
             return Ok(());
         }
-        let failed = |error| complaint(Code::JOURNAL_IO, "The journal cannot be made durable", &error);
+        let failed = |error| {
+            complaint(
+                Code::JOURNAL_IO,
+                "The journal cannot be made durable",
+                &error,
+            )
+        };
         self.reader_from(self.applied).harden().map_err(failed)?;
         self.hardened = true;
         Ok(())

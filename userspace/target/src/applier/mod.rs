@@ -413,13 +413,12 @@ impl Applier {
     fn take_up(&mut self, hello: &Hello, durable: Durable) -> Result<Entered, Refusal> {
         let known_stream = self.state.stream_uuid;
         // Of a stream that was taken up and whose source was not told, nothing has been received.
-        let durable_seq = if durable.stream_uuid == known_stream
-            || dtloop_canary::bites(Canary::HalfTakenUp)
-        {
-            durable.seq
-        } else {
-            self.state.applied_seq
-        };
+        let durable_seq =
+            if durable.stream_uuid == known_stream || dtloop_canary::bites(Canary::HalfTakenUp) {
+                durable.seq
+            } else {
+                self.state.applied_seq
+            };
         let taken_up = self.taken_up.take();
         let past = taken_up.filter(|(stream, _)| *stream == hello.stream_uuid);
         let past = match past {
