@@ -317,7 +317,9 @@ impl Worker {
             verifier: verify::Verifier::new(Arc::clone(&disk), log_path),
             origins: origin::Origins::new(now),
             path,
-            persisted: memory.clone(),
+            // What was read may be in memory only, where an agent that was killed had just put it: it is written again before
+            // anybody hears of it.
+            persisted: SetMemory::default(),
             memory,
             persisted_at: now,
             planner: None,

@@ -163,6 +163,8 @@ impl Worker {
             link: target,
         };
         if resumed != Resumed::Continues {
+            // Nor must the next agent go on with what was kept.
+            self.chain.forget();
             // Both sides begin anew here. What the target says is checked all the same.
             self.chain
                 .chain
