@@ -334,8 +334,13 @@ impl Run {
         self.say(|| "source: power cut".to_owned());
         self.figures.crashes += 1;
         self.note_released();
+        let older = self.source.is_running() && self.random.one_in(6);
+        if older {
+            // Who restores an intent file from a backup takes longer than the agent to notice that there is a newer one.
+            self.pass(Duration::from_millis(3500));
+            self.note_released();
+        }
         self.source.lose_power(&self.world);
-        let older = self.random.one_in(6);
         if self
             .source
             .kernel
@@ -363,7 +368,7 @@ impl Run {
             self.say(|| "target: is put back to its backup".to_owned());
             self.target.end(&self.world, false);
             self.target.disk = backup;
-            (self.restored, self.is_whole) = (true, false);
+            (self.restored, self.keeps) = (true, false);
             self.target.start(&self.world);
         } else {
             self.say(|| "target and intent file: a backup is made".to_owned());
@@ -408,7 +413,8 @@ impl Run {
                 found.applied
             ));
         }
-        self.is_whole |= found.is_whole && found.applied > 0;
+        // What the agent was told is durable; what is seen on the disk may not be.
+        self.is_whole |= self.source.snapshot().is_some_and(|snapshot| snapshot.settled);
         let (stream, released) = self.released;
         if !self.restored
             && !self.source.has_queue()

@@ -583,6 +583,20 @@ impl dtloop_runtime::World for World {
         Ok(bytes)
     }
 
+    fn is_ready(&self, end: u64, write: bool) -> bool {
+        let (at, side) = parts(end);
+        let inner = self.inner.borrow();
+        let Connection { pipes, reset, .. } = &inner.connections[at];
+        let (out, back) = (&pipes[side], &pipes[1 - side]);
+        let is_there = |at: Option<Duration>| at.is_some_and(|at| at <= inner.now);
+        let hears = !inner.weather.cut && !back.dead;
+        let first = back.pieces.front().map(|(at, _)| *at);
+        let ended = back.ended.filter(|_| back.pieces.is_empty());
+        let reads = hears && (is_there(first) || is_there(ended));
+        let writes = write && (out.bytes < PIPE_BYTES || out.ended.is_some());
+        reset[side] || reads || writes
+    }
+
     fn shutdown(&self, end: u64, _: Shutdown) {
         let (at, side) = parts(end);
         self.trace(|| format!("    end {side} of connection {at} is shut down"));

@@ -213,6 +213,8 @@ pub struct Worker {
     /// How far the regions of a device are settled.
     settled: Option<(u32, u64)>,
     intents_tended: Instant,
+    /// When its version was last taken note of.
+    intents_noted: Instant,
     flushes: durable::Flushes,
     /// Version of the intent file that the target was told.
     intent_told: u64,
@@ -334,6 +336,7 @@ impl Worker {
             region_sectors: 0,
             settled: None,
             intents_tended: now,
+            intents_noted: now,
             flushes: durable::Flushes::new(now),
             intent_told: 0,
             last_recovery,
@@ -413,6 +416,9 @@ impl Worker {
         let refused = matches!(self.connection, Connection::Refused { .. });
         loop {
             self.take_commands(stream);
+            if let Some(stream) = stream {
+                self.note_intents(stream);
+            }
             // Behind the requests: what is published next is what those wait for who have just asked.
             self.notice_pairing();
             if refused && !matches!(self.connection, Connection::Refused { .. }) {

@@ -101,6 +101,12 @@ pub struct SetMemory {
     /// Streams in which the intent file could not be written: marks that go back to one of them are not complete.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unmarked_streams: Vec<StreamId>,
+    /// Version of the intent file that was last seen: an older one is a copy.
+    #[serde(default)]
+    pub intent_version: u64,
+    /// The same, as of the stream before this one.
+    #[serde(default)]
+    pub intent_seen: u64,
 }
 
 mod uuid_list {
@@ -151,6 +157,7 @@ impl SetMemory {
         }
         self.stream_uuid = stream_uuid;
         self.generation += 1;
+        self.intent_seen = self.intent_version;
         self.job = None;
         self.scheduled = false;
         self.suspended = None;

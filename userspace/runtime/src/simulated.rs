@@ -71,6 +71,9 @@ pub trait World {
     /// `WouldBlock` if there is none.
     fn write(&self, end: u64, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
 
+    /// Whether a read, or a write if asked, would not have to wait.
+    fn is_ready(&self, end: u64, write: bool) -> bool;
+
     /// Ends one or both directions.
     fn shutdown(&self, end: u64, how: Shutdown);
 
@@ -278,18 +281,21 @@ pub fn wait_readable(_: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<()> 
     Ok(())
 }
 
-/// Waits until something happens.
+/// Waits until the socket is ready, or something else happens.
 ///
 /// # Errors
 ///
 /// Never.
 pub fn wait_socket(
-    _: &TcpStream,
-    _: bool,
+    socket: &TcpStream,
+    write: bool,
     _: &[BorrowedFd<'_>],
     timeout: Duration,
 ) -> io::Result<()> {
-    world().park(Some(until(timeout)));
+    let end = socket.end.0;
+    if !world().is_ready(end, write) {
+        world().park(Some(until(timeout)));
+    }
     Ok(())
 }
 

@@ -21,7 +21,14 @@ use dtloop_proto::{Message, Uuid};
 use super::{End, INTENT_EVERY, Session, Worker};
 
 /// What a stream's intent map says, in the terms of the core.
-fn marks(status: &raw::IntentStatus, past: &Past, current: Uuid, unmarked: &[StreamId]) -> Marks {
+/// `seen`: the version that was seen last in an earlier stream.
+fn marks(
+    status: &raw::IntentStatus,
+    past: &Past,
+    current: Uuid,
+    unmarked: &[StreamId],
+    seen: u64,
+) -> Marks {
     let stream = |base: &&raw::IntentBase| base.stream_uuid != [0; 16];
     let bases: Vec<Base> = status
         .bases
@@ -40,6 +47,9 @@ fn marks(status: &raw::IntentStatus, past: &Past, current: Uuid, unmarked: &[Str
     } else {
         match Found::from_raw(status.found) {
             // In the stream that began it, a new file has all marks.
+            Found::Known if past.stream != current && status.found_version < seen => {
+                Some("the intent file is an older copy of itself".to_owned())
+            }
             Found::Known | Found::New => None,
             other if past.stream != current => Some(other.to_string()),
             _ => None,
@@ -77,7 +87,8 @@ impl Worker {
     ) -> Result<(Vec<u32>, Option<String>), End> {
         let status = stream.intent_status()?;
         let current = self.memory.stream_uuid;
-        let marks = marks(&status, past, current, &self.memory.unmarked_streams);
+        let (unmarked, seen) = (&self.memory.unmarked_streams, self.memory.intent_seen);
+        let marks = marks(&status, past, current, unmarked, seen);
         let (mut covered, mut doubt) = (vec![], None);
         for device in self.devices.clone() {
             let id = device.device_id;
@@ -261,9 +272,21 @@ impl Worker {
     }
 
     /// Remembers, on another disk than that of the intent file, that its marks are not to be relied on.
+    /// Also without a session: the target is told nothing then, and this agent alone can know an older copy of the file.
+    pub(super) fn note_intents(&mut self, stream: &dyn CaptureStream) {
+        if dtloop_runtime::elapsed(self.intents_noted) < INTENT_EVERY {
+            return;
+        }
+        self.intents_noted = dtloop_runtime::now();
+        // A stream that is of no more use is noticed elsewhere.
+        let _ = self.watch_intents(stream);
+        self.persist(false);
+    }
+
     pub(super) fn watch_intents(&mut self, stream: &dyn CaptureStream) -> Result<(), End> {
         let status = stream.intent_status()?;
         self.region_sectors = u64::from(status.region_bytes) / raw::SECTOR_BYTES;
+        self.memory.intent_version = status.version;
         if status.has(raw::INTENT_FAILED) && self.memory.note_unmarked() {
             tracing::error!(
                 "Set \"{}\": its intent file cannot be written. Changes go on; after a crash whole devices would be \
@@ -309,7 +332,7 @@ mod tests {
 
     #[test]
     fn the_version_that_counts_is_that_of_the_stream_the_target_knew() {
-        let marks = |stream| marks(&status(), &past(stream), NOW, &[]);
+        let marks = |stream| marks(&status(), &past(stream), NOW, &[], 0);
         assert_eq!((marks(OLD).version, marks(NOW).version), (10, 20));
         assert_eq!(marks(OLD).bases.len(), 2);
         assert_eq!(marks(OLD).broken, None);
@@ -318,7 +341,7 @@ mod tests {
     #[test]
     fn a_file_that_failed_in_any_stream_it_covers_is_not_relied_on() {
         for stream in [OLD, NOW] {
-            let marks = marks(&status(), &past(OLD), NOW, &[StreamId(stream)]);
+            let marks = marks(&status(), &past(OLD), NOW, &[StreamId(stream)], 0);
             assert!(
                 marks
                     .broken
@@ -329,12 +352,15 @@ mod tests {
             found: raw::FOUND_FOREIGN,
             ..status()
         };
-        assert!(marks(&foreign, &past(OLD), NOW, &[]).broken.is_some());
-        assert!(marks(&foreign, &past(NOW), NOW, &[]).broken.is_none());
+        assert!(marks(&foreign, &past(OLD), NOW, &[], 0).broken.is_some());
+        assert!(marks(&foreign, &past(NOW), NOW, &[], 0).broken.is_none());
+        let older = marks(&status(), &past(OLD), NOW, &[], 11).broken;
+        assert!(older.is_some_and(|reason| reason.contains("older")));
+        assert_eq!(marks(&status(), &past(NOW), NOW, &[], 11).broken, None);
         let off = raw::IntentStatus {
             flags: 0,
             ..status()
         };
-        assert!(marks(&off, &past(NOW), NOW, &[]).broken.is_some());
+        assert!(marks(&off, &past(NOW), NOW, &[], 0).broken.is_some());
     }
 }
