@@ -9,6 +9,7 @@ SHELLCHECK_EXCLUDE=SC1090,SC1091,SC2034,SC2153,SC2015,SC2016
 lint_format_userspace() {
     in_root cargo fmt --manifest-path "$REPO/Cargo.toml" --all --check
     in_root cargo fmt --manifest-path "$REPO/tests/fuzz/Cargo.toml" --check
+    in_root cargo fmt --manifest-path "$REPO/tests/simulation/Cargo.toml" --check
 }
 
 lint_format_module() {
@@ -19,6 +20,9 @@ lint_format_module() {
 
 lint_clippy_userspace() {
     in_root cargo clippy --manifest-path "$REPO/Cargo.toml" --workspace --all-targets --locked -- -D warnings
+    # With the feature that makes agent and target live in a simulated world.
+    in_root env CARGO_TARGET_DIR="$WORK/simulation" cargo clippy --manifest-path "$REPO/tests/simulation/Cargo.toml" --locked -- \
+        -D warnings
     # `test = false` takes it out of all targets.
     in_root cargo clippy --manifest-path "$REPO/Cargo.toml" --package dtloop-tests --test vm --locked -- -D warnings
 }

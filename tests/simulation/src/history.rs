@@ -48,13 +48,16 @@ impl Digest {
     }
 }
 
+/// A stream, and a record of it.
+type Place = ([u8; 16], u64);
+
 /// See the module documentation.
 #[derive(Default)]
 pub struct History {
     /// By stream and record: the devices, by label, once that record was made.
-    at: BTreeMap<([u8; 16], u64), Vec<u64>>,
+    at: BTreeMap<Place, Vec<u64>>,
     /// The same in full, for a schedule that is looked at.
-    full: Option<BTreeMap<([u8; 16], u64), Vec<Vec<u8>>>>,
+    full: Option<BTreeMap<Place, Vec<Vec<u8>>>>,
 }
 
 impl History {

@@ -414,7 +414,10 @@ impl Run {
             ));
         }
         // What the agent was told is durable; what is seen on the disk may not be.
-        self.is_whole |= self.source.snapshot().is_some_and(|snapshot| snapshot.settled);
+        self.is_whole |= self
+            .source
+            .snapshot()
+            .is_some_and(|snapshot| snapshot.settled);
         let (stream, released) = self.released;
         if !self.restored
             && !self.source.has_queue()

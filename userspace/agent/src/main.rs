@@ -21,6 +21,9 @@ use dtloop_agent::streams::{KernelStreams, Streams};
 use dtloop_store::Hold;
 use nix::sys::signal::{SigSet, Signal};
 
+// What is made for the simulation is in no program.
+const _: () = assert!(!dtloop_canary::HATCHED && !cfg!(feature = "simulation"));
+
 /// Ships the changes of this machine's block devices to their targets.
 #[derive(Parser)]
 #[command(name = "dtagent", version)]

@@ -25,6 +25,9 @@ use dtloop_target::volume::Volume;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 
+// What is made for the simulation is in no program.
+const _: () = assert!(!dtloop_canary::HATCHED && !cfg!(feature = "simulation"));
+
 /// Keeps copies of the block devices of other machines.
 #[derive(Parser)]
 #[command(name = "dttarget", version)]

@@ -64,7 +64,7 @@ impl QueueHandle {
             reader: QueueReader::new(home.clone()),
             home,
             thread: Some(dtloop_runtime::spawn(&format!("queue {set}"), move || {
-                spooler.run()
+                spooler.run();
             })?),
             told: 0,
         })
