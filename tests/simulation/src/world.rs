@@ -402,7 +402,8 @@ impl World {
         let mut inner = self.inner.borrow_mut();
         let inner = &mut *inner;
         for connection in &mut inner.connections {
-            if connection.pipes.iter().any(|pipe| pipe.dead) {
+            let ends = |pipe: &Pipe| pipe.dead || pipe.ended.is_some();
+            if connection.pipes.iter().any(ends) {
                 for pipe in &mut connection.pipes {
                     pipe.pieces.clear();
                     pipe.dead = false;
