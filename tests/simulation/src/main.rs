@@ -5,6 +5,7 @@
 //! ```text
 //! dtsim run --from 1 --count 200000     many seeds, on all processors, and those of `seeds.txt`
 //! dtsim one 4711                        one, with everything that happens
+//! dtsim outage                          a day without a network, of some seeds
 //! dtsim canaries                        every seeded bug must be found
 //! ```
 
@@ -159,6 +160,27 @@ fn run_canaries(names: &[String]) -> bool {
     good
 }
 
+/// Outages of a day: so many.
+const OUTAGES: u64 = 4;
+
+fn run_outages() -> bool {
+    (1..=OUTAGES).all(|seed| {
+        let began = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| run::outage(seed, false, &mut vec![])));
+        let result = result.unwrap_or_else(|_| Err("a panic".to_owned()));
+        match &result {
+            Ok(figures) => println!(
+                "outage, seed {seed}: {} hours, {} turns, {:.1} s",
+                figures.simulated.as_secs() / 3600,
+                figures.turns,
+                began.elapsed().as_secs_f64()
+            ),
+            Err(text) => println!("outage, seed {seed}: {text}"),
+        }
+        result.is_ok()
+    })
+}
+
 fn number(argument: Option<&String>) -> Option<u64> {
     argument?.parse().ok()
 }
@@ -188,12 +210,13 @@ fn main() -> ExitCode {
             println!("seed {seed}: {result:?}");
             result.is_ok()
         }
+        Some("outage") => run_outages(),
         Some("canaries") => {
             std::panic::set_hook(Box::new(|_| {}));
             run_canaries(&arguments[1..])
         }
         _ => {
-            eprintln!("usage: dtsim run [FROM] [COUNT] | one SEED [CANARY] | canaries");
+            eprintln!("usage: dtsim run [FROM] [COUNT] | one SEED [CANARY] | outage | canaries");
             false
         }
     };

@@ -9,7 +9,7 @@ use std::time::Duration;
 use corosensei::stack::DefaultStack;
 use dtloop_abi::raw;
 use dtloop_agent::config::Compression;
-use dtloop_api::{Connection, DeviceState, Failure};
+use dtloop_api::{Connection, DeviceState, Failure, Rung};
 use dtloop_core::mirror::JobKind;
 use dtloop_disk::SimDisk;
 use dtloop_target::config::ResyncPolicy;
@@ -64,10 +64,28 @@ struct Run {
 ///
 /// What is wrong.
 pub fn run(seed: u64, traces: bool, stacks: &mut Vec<DefaultStack>) -> Result<Figures, String> {
+    in_world(seed, traces, stacks, Run::all)
+}
+
+/// An outage of a day, which ring, queue and dirty map bear one after the other.
+///
+/// # Errors
+///
+/// What is wrong.
+pub fn outage(seed: u64, traces: bool, stacks: &mut Vec<DefaultStack>) -> Result<Figures, String> {
+    in_world(seed, traces, stacks, Run::outage)
+}
+
+fn in_world(
+    seed: u64,
+    traces: bool,
+    stacks: &mut Vec<DefaultStack>,
+    schedule: fn(&mut Run) -> Result<(), String>,
+) -> Result<Figures, String> {
     let world = World::new(seed, traces, std::mem::take(stacks));
     enter(Some(std::rc::Rc::clone(&world)));
     let mut run = Run::new(seed, traces, std::rc::Rc::clone(&world));
-    let result = run.all();
+    let result = schedule(&mut run);
     world.end(Machine::Source, true);
     world.end(Machine::Target, true);
     let figures = Figures {
@@ -147,6 +165,60 @@ impl Run {
         }
         self.mend();
         self.converge()
+    }
+
+    fn outage(&mut self) -> Result<(), String> {
+        self.source.give_queue(3 * (1280 << 10));
+        self.source.start(&self.world);
+        self.target.start(&self.world);
+        self.pass(Duration::from_secs(1));
+        self.begin();
+        self.pass(Duration::from_secs(5));
+        self.converge()?;
+        self.world.set_weather(Weather {
+            cut: true,
+            ..self.world.weather()
+        });
+        self.world.reset_connections();
+        for hour in 0..24 {
+            for _ in 0..50 {
+                self.change();
+                self.pass(Duration::from_millis(40));
+            }
+            self.pass(Duration::from_secs(3600));
+            if hour == 12 {
+                self.kill_agent();
+                self.source.start(&self.world);
+            }
+            self.inspect(true)?;
+        }
+        let rung = |run: &Self| {
+            run.source
+                .snapshot()
+                .map(|snapshot| snapshot.status.ladder.rung)
+        };
+        if rung(self) != Some(Rung::Tracking) {
+            return Err(format!(
+                "a day does not fill ring and queue: {:?}",
+                rung(self)
+            ));
+        }
+        self.mend();
+        self.converge()?;
+        self.pass(Duration::from_secs(10));
+        let history = self
+            .source
+            .snapshot()
+            .map(|snapshot| snapshot.status.ladder.history);
+        let history: Vec<Rung> = history
+            .unwrap_or_default()
+            .iter()
+            .map(|step| step.to)
+            .collect();
+        if rung(self) != Some(Rung::Ring) || !history.contains(&Rung::Tracking) {
+            return Err(format!("the ladder does not lead back: {history:?}"));
+        }
+        Ok(())
     }
 
     fn say(&self, text: impl FnOnce() -> String) {

@@ -43,6 +43,21 @@ impl Streams for OneStream {
     }
 }
 
+fn queue_config(bytes: u64, each: bool) -> QueueConfig {
+    QueueConfig {
+        dir: PathBuf::from("/queue"),
+        size: Size(bytes),
+        min_free: Size(0),
+        segment_size: Size(1280 << 10),
+        start_at: 50,
+        sync: if each {
+            SyncMode::Each
+        } else {
+            SyncMode::Group
+        },
+    }
+}
+
 impl Source {
     pub fn new(
         seed: u64,
@@ -51,18 +66,7 @@ impl Source {
         each: bool,
         compression: Compression,
     ) -> Self {
-        let queue = queue.map(|bytes| QueueConfig {
-            dir: PathBuf::from("/queue"),
-            size: Size(bytes),
-            min_free: Size(0),
-            segment_size: Size(1280 << 10),
-            start_at: 50,
-            sync: if each {
-                SyncMode::Each
-            } else {
-                SyncMode::Group
-            },
-        });
+        let queue = queue.map(|bytes| queue_config(bytes, each));
         let config = SetConfig {
             name: SET.into(),
             target: ADDRESS.into(),
@@ -83,6 +87,11 @@ impl Source {
             config,
             shared: None,
         }
+    }
+
+    /// Gives the agent a disk queue of that size, from its next start on.
+    pub fn give_queue(&mut self, bytes: u64) {
+        self.config.queue = Some(queue_config(bytes, false));
     }
 
     pub fn has_queue(&self) -> bool {
