@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 const OWNER: Uuid = Uuid([1; 16]);
 const DIR: &str = "/journal";
+/// As in Linux.
+const EIO: i32 = 5;
 
 fn options() -> Options {
     Options {
@@ -331,5 +333,35 @@ proptest! {
         }
         model.disk.restart();
         model.reopen();
+    }
+}
+
+proptest! {
+    /// A program is killed before it has synced, or after that has failed, and its successor reads what memory has.
+    #[test]
+    fn what_was_hardened_survives_a_power_cut(seed: u64, fails: bool) {
+        let disk = SimDisk::new(seed);
+        let mut journal = open(&disk);
+        for seq in 1..=3 {
+            append(&mut journal, seq, 18_000).unwrap();
+        }
+        for seq in 4..=6 {
+            journal.append(&[&[fill(seq); 18_000]], info(seq), Uuid::NONE).unwrap();
+        }
+        if fails {
+            disk.fail(0, 1, EIO);
+            prop_assert!(journal.sync().is_err());
+        }
+        disk.restart();
+        let read = sequence(&disk, Position::default());
+        reader(&disk, Position::default()).harden().unwrap();
+        disk.crash();
+        let survived = sequence(&disk, Position::default());
+        prop_assert_eq!(read, survived);
+        let mut reader = reader(&disk, Position::default());
+        while let Some(batch) = reader.next_batch().unwrap() {
+            let expected = fill(batch.header.first_seq);
+            prop_assert!(batch.frames.iter().all(|byte| *byte == expected));
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::fs::File;
 use std::time::Duration;
 
 use common::{Faults, Lab, Target, random};
@@ -12,6 +13,7 @@ use dtloop_abi::raw;
 use dtloop_abi::testing::Change;
 use dtloop_api::{Connection, DeviceState, FailureCode, MirrorKind, Outcome, Request};
 use dtloop_core::set::Sync;
+use nix::fcntl::{Flock, FlockArg};
 
 const SECTORS: u64 = 8192;
 
@@ -454,4 +456,27 @@ fn a_small_journal_holds_the_source_back_and_goes_round() {
         .count();
     assert!(segments <= 3, "{segments} segments");
     agent.stop();
+}
+
+#[test]
+fn a_volume_in_use_is_taken_when_it_is_free() {
+    let lab = Lab::new(SECTORS);
+    let mut agent = lab.start_agent(lab.start_target());
+    lab.fill();
+    agent.request(&mirror(MirrorKind::Full)).unwrap();
+    agent.wait_in_sync();
+    let mut target = agent.target.take().unwrap();
+    agent.stop();
+    target.stop();
+    // As a program that mounted it, or a virtual machine, would have it.
+    let image = File::open(lab.image()).unwrap();
+    let held = Flock::lock(image, FlockArg::LockExclusiveNonblock).unwrap();
+    target = lab.start_target();
+    let mut agent = lab.start_agent(target);
+    agent.wait_state("error");
+    lab.write(8, &random(7, 4096));
+    drop(held);
+    // It is offered again every 10 seconds, without anybody asking.
+    agent.wait_in_sync();
+    lab.assert_identical();
 }

@@ -13,6 +13,7 @@ use dtloop_proto::header::HEADER_BYTES;
 use dtloop_proto::message::Marker;
 use dtloop_proto::record::{F_ZEROES, STATE_COMMITTED};
 use dtloop_proto::{Op, RecordBody, RecordKind, frame};
+use nix::errno::Errno;
 
 use super::*;
 use crate::clock::ManualClock;
@@ -944,4 +945,48 @@ fn a_settled_set_holds_its_last_consistent_state_and_says_which() {
         target.start().unwrap();
         assert!(target.applier().volumes.is_empty());
     }
+}
+
+/// The state cannot be written once the source is taken up; the next attempt is made with what the session knows, which is
+/// the stream before.
+#[test]
+fn a_stream_that_was_taken_up_without_anybody_being_told_is_gone_on_with() {
+    let stream = Uuid([5; 16]);
+    let hello = Hello {
+        version_min: 1,
+        version_max: 1,
+        software: String::new(),
+        source_id: SOURCE,
+        set: "db".into(),
+        stream_uuid: stream,
+        generation: 1,
+        first_seq: 1,
+        next_seq: 3,
+        devices: vec![],
+        options: vec![],
+    };
+    let mut half = 0;
+    for after in 0..60 {
+        let disk = SimDisk::new(after);
+        let mut target = Target::new(&disk);
+        target.prepare();
+        target.start().unwrap();
+        target
+            .send(&[Write(1, 1, 3, 7), Write(2, 1, 3, 8), Write(1, 9, 2, 9)])
+            .unwrap();
+        let durable = Durable {
+            stream_uuid: target.applier().state().stream_uuid,
+            seq: 3,
+        };
+        disk.fail(after, 1, Errno::EIO as i32);
+        let entered = loop {
+            match target.applier().enter(&hello, durable) {
+                Ok(entered) => break entered.unwrap(),
+                Err(_) => half += u32::from(target.applier().state().stream_uuid == stream),
+            }
+        };
+        assert_eq!((entered.next_seq, entered.past.stream), (1, Uuid::NONE));
+        assert_eq!(target.applier().state().applied_seq, 0);
+    }
+    assert!(half > 3, "{half}");
 }
