@@ -64,7 +64,10 @@ impl Disk for SharedDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         preempt();
-        self.0.rename(from, to)
+        let renamed = self.0.rename(from, to);
+        // What has another name now has it durably only after the directory was synced.
+        crate::world::spring();
+        renamed
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {

@@ -464,6 +464,9 @@ impl Run {
             self.pass(Duration::from_millis(ms));
             return self.power_cut_source();
         }
+        if self.random.one_in(2) {
+            self.world.catch(400);
+        }
         self.kill_target(false)?;
         self.target.start(&self.world);
         let turns = self.random.below(120);

@@ -45,6 +45,14 @@ struct Thread {
     seen: u64,
 }
 
+/// See [`World::catch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trap {
+    Off,
+    Set,
+    Sprung,
+}
+
 /// One direction of a connection.
 #[derive(Default)]
 struct Pipe {
@@ -95,6 +103,8 @@ pub struct World {
     inner: RefCell<Inner>,
     /// Whose turn it is: its number, machine and way back.
     current: Cell<Option<(u64, Machine)>>,
+    /// The target is to be caught behind its next rename.
+    trap: Cell<Trap>,
     /// Threads of a machine are being ended.
     ending: Cell<Option<Machine>>,
     stacks: RefCell<Vec<DefaultStack>>,
@@ -133,6 +143,7 @@ impl World {
         Rc::new(Self {
             inner: RefCell::new(inner),
             current: Cell::new(None),
+            trap: Cell::new(Trap::Off),
             ending: Cell::new(None),
             stacks: RefCell::new(stacks),
             traces,
@@ -311,6 +322,26 @@ impl World {
             }
         }
         true
+    }
+
+    /// Turns, so many at most, until the target has just renamed a file and not done more.
+    pub fn catch(&self, turns: u64) {
+        self.trap.set(Trap::Set);
+        let limit = self.time() + Duration::from_secs(2);
+        for _ in 0..turns {
+            if !self.turn(limit) || self.trap.get() == Trap::Sprung {
+                break;
+            }
+        }
+        self.trap.set(Trap::Off);
+    }
+
+    /// A file was renamed.
+    fn spring(&self) {
+        if self.trap.get() == Trap::Set && self.current_machine() == Some(Machine::Target) {
+            self.trap.set(Trap::Sprung);
+            self.give_back(Some(self.time() + Duration::from_millis(1)), true);
+        }
     }
 
     /// Turns until that time.
@@ -642,6 +673,14 @@ pub fn preempt_current() {
     let world = HERE.with(|here| here.borrow().clone());
     if let Some(world) = world {
         world.preempt();
+    }
+}
+
+/// A file was renamed.
+pub fn spring() {
+    let world = HERE.with(|here| here.borrow().clone());
+    if let Some(world) = world {
+        world.spring();
     }
 }
 
