@@ -48,7 +48,10 @@ fn marks(
         match Found::from_raw(status.found) {
             // In the stream that began it, a new file has all marks.
             Found::Known if past.stream != current && status.found_version < seen => {
-                Some("the intent file is an older copy of itself".to_owned())
+                let found = status.found_version;
+                Some(format!(
+                    "the intent file is an older copy (version {found}, this machine has seen {seen})"
+                ))
             }
             Found::Known | Found::New => None,
             other if past.stream != current => Some(other.to_string()),
