@@ -17,7 +17,7 @@ use dtloop_target::config::ResyncPolicy;
 use crate::kernel::Kernel;
 use crate::random::Random;
 use crate::source::{Ask, Source};
-use crate::target::Target;
+use crate::target::{Crash, Target};
 use crate::world::{Machine, Weather, World, enter};
 
 /// The copy is identical this soon after everything works again.
@@ -478,9 +478,10 @@ impl Run {
 
     fn inspect(&mut self, power: bool) -> Result<(), String> {
         self.figures.inspections += 1;
+        let crash = if power { Crash::Power } else { Crash::Kill };
         let found = self
             .target
-            .inspect(&self.source.kernel, &mut self.random, power)?;
+            .inspect(&self.source.kernel, &mut self.random, crash)?;
         self.say(|| format!("target: would be at record {} after a crash", found.applied));
         if self.is_whole && self.keeps && !found.is_whole && !found.is_refused {
             return Err(format!(
@@ -488,11 +489,12 @@ impl Run {
                 found.applied
             ));
         }
-        // What the agent was told is durable; what is seen on the disk may not be.
-        self.is_whole |= self
-            .source
-            .snapshot()
-            .is_some_and(|snapshot| snapshot.settled);
+        // What is seen on the disk may not be durable.
+        if !self.is_whole && found.is_whole {
+            let (kernel, random) = (&self.source.kernel, &mut self.random);
+            let unlucky = self.target.inspect(kernel, random, Crash::Unlucky)?;
+            self.is_whole = unlucky.is_whole && unlucky.applied > 0;
+        }
         let (stream, released) = self.released;
         if !self.restored
             && !self.source.has_queue()

@@ -147,13 +147,13 @@ impl Target {
         &self,
         kernel: &Kernel,
         random: &mut Random,
-        power: bool,
+        crash: Crash,
     ) -> Result<Found, String> {
         let disk = self.disk.fork(random.draw());
-        if power {
-            disk.crash();
-        } else {
-            disk.restart();
+        match crash {
+            Crash::Kill => disk.restart(),
+            Crash::Power => disk.crash(),
+            Crash::Unlucky => disk.crash_hard(),
         }
         let state_path = Self::dir().join("state");
         let saved: Option<Saved> =
@@ -223,6 +223,17 @@ impl Target {
         }
         Ok(found)
     }
+}
+
+/// How the program ends.
+#[derive(Clone, Copy, Debug)]
+pub enum Crash {
+    /// It is killed.
+    Kill,
+    /// The machine loses its power: what was not durable survives or not.
+    Power,
+    /// Nothing of it survives.
+    Unlucky,
 }
 
 /// What the target has after a crash.

@@ -293,14 +293,24 @@ impl SimDisk {
     /// The power fails: of what was not made durable, each sector and each change of a name survives or not. Open
     /// files are of no more use.
     pub fn crash(&self) {
+        self.lose_power(true);
+    }
+
+    /// The same, and of what was not made durable nothing survives.
+    pub fn crash_hard(&self) {
+        self.lose_power(false);
+    }
+
+    fn lose_power(&self, lucky: bool) {
         let mut state = lock(&self.state);
         state.life += 1;
         state.fail_after = None;
         let State { files, random, .. } = &mut *state;
         for file in files {
-            file.crash(|| draw(random) % 2 == 0);
+            file.crash(|| lucky && draw(random) % 2 == 0);
         }
         let survive = index(state.draw()).unwrap_or(0) % (state.changes.len() + 1);
+        let survive = if lucky { survive } else { 0 };
         let changes = std::mem::take(&mut state.changes);
         for change in &changes[..survive] {
             change.apply(&mut state.durable);
