@@ -24,8 +24,9 @@ use crate::qmp::Qmp;
 use crate::story::{note, run_dir};
 use crate::wait::{patience, wait_until};
 
-/// How often a machine is started whose emulator fails one of its own assertions while the machine boots. With several
-/// processors it does now and then, when the guest moves the memory of its devices (`iotlb_to_section`).
+/// How often a machine is started that the emulator lets down while its kernel boots, before anything of ours runs. With several
+/// processors one of its assertions fails now and then, when the guest moves the memory of its devices
+/// (`iotlb_to_section`); and on a busy host, the guest's timers stop for good.
 const BOOT_ATTEMPTS: u32 = 3;
 
 /// The signal of a failed assertion.
@@ -34,15 +35,15 @@ const SIGABRT: i32 = 6;
 /// Why a machine did not boot.
 struct Failure {
     error: anyhow::Error,
-    /// The emulator has ended by a failed assertion of its own.
-    aborted: bool,
+    /// The emulator has ended by a failed assertion of its own, or goes on and the machine does not.
+    emulated: bool,
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Self {
             error: error.into(),
-            aborted: false,
+            emulated: false,
         }
     }
 }
@@ -234,8 +235,11 @@ impl Vm {
                     self.running = Some(running);
                     break;
                 }
-                Err(Failure { aborted: true, .. }) if attempt < BOOT_ATTEMPTS => {
-                    note(format!("{}: QEMU crashed; once more", self.config.name));
+                Err(Failure { emulated: true, .. }) if attempt < BOOT_ATTEMPTS => {
+                    note(format!(
+                        "{}: QEMU crashed, or the machine stopped before anything of ours ran; once more",
+                        self.config.name
+                    ));
                 }
                 Err(failure) => return Err(failure.error),
             }
@@ -253,7 +257,7 @@ impl Vm {
             release: String::new(),
             since,
         };
-        match running.channel.wait_hello(patience(60)) {
+        match running.channel.wait_hello(patience(20)) {
             Ok(release) => running.release = release,
             Err(error) => {
                 // What it ended by, if it ends by itself.
@@ -268,8 +272,8 @@ impl Vm {
                     "{} does not boot; its console:\n{tail}",
                     self.config.name
                 ));
-                let aborted = status.and_then(|status| status.signal()) == Some(SIGABRT);
-                return Err(Failure { error, aborted });
+                let emulated = status.is_none_or(|status| status.signal() == Some(SIGABRT));
+                return Err(Failure { error, emulated });
             }
         }
         note(format!(
