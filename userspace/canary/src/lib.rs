@@ -41,8 +41,6 @@ pub enum Canary {
     NewStreamTrusted,
     /// The journal is replayed as it is in memory, where a killed program had put it.
     ReplayedUnsynced,
-    /// The state file is relied on as it is in memory.
-    StateUnsynced,
     /// A target that could not finish taking up a stream goes on with the number of the one before.
     HalfTakenUp,
     /// What misses the stream behind a mirror under way is sent after the copy is declared whole.
@@ -51,9 +49,8 @@ pub enum Canary {
 
 impl Canary {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 13] = [
         Self::ReplayedUnsynced,
-        Self::StateUnsynced,
         Self::HalfTakenUp,
         Self::AckedBeforeSync,
         Self::CheckpointBeforeSync,
@@ -65,7 +62,6 @@ impl Canary {
         Self::MarksTrusted,
         Self::SettledTooSoon,
         Self::MarksGoUnflushed,
-        Self::NewStreamTrusted,
         Self::MirrorLeftOutOfResync,
     ];
 }

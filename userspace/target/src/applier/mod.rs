@@ -283,9 +283,7 @@ impl Applier {
         if let Some(saved) = &found {
             // It may be in memory only, where a program that was killed had just put it: after a power cut there would be
             // the one before it, and what is done on its word, be it that an overlay is removed, would stay.
-            if !dtloop_canary::bites(Canary::StateUnsynced) {
-                state_file::store_on(&*disk, &path, saved)?;
-            }
+            state_file::store_on(&*disk, &path, saved)?;
         }
         let saved = found.unwrap_or_else(fresh);
         let staging = &settings.staging;
