@@ -24,9 +24,8 @@ use crate::qmp::Qmp;
 use crate::story::{note, run_dir};
 use crate::wait::{patience, wait_until};
 
-/// How often a machine is started that the emulator lets down while its kernel boots, before anything of ours runs. With several
-/// processors one of its assertions fails now and then, when the guest moves the memory of its devices
-/// (`iotlb_to_section`); and on a busy host, the guest's timers stop for good.
+/// How often a machine is started whose emulator fails one of its own assertions while the machine boots. With several
+/// processors it does now and then, when the guest moves the memory of its devices (`iotlb_to_section`).
 const BOOT_ATTEMPTS: u32 = 3;
 
 /// The signal of a failed assertion.
@@ -35,15 +34,15 @@ const SIGABRT: i32 = 6;
 /// Why a machine did not boot.
 struct Failure {
     error: anyhow::Error,
-    /// The emulator has ended by a failed assertion of its own, or goes on and the machine does not.
-    emulated: bool,
+    /// The emulator has ended by a failed assertion of its own.
+    aborted: bool,
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Self {
             error: error.into(),
-            emulated: false,
+            aborted: false,
         }
     }
 }
@@ -235,11 +234,8 @@ impl Vm {
                     self.running = Some(running);
                     break;
                 }
-                Err(Failure { emulated: true, .. }) if attempt < BOOT_ATTEMPTS => {
-                    note(format!(
-                        "{}: QEMU crashed, or the machine stopped before anything of ours ran; once more",
-                        self.config.name
-                    ));
+                Err(Failure { aborted: true, .. }) if attempt < BOOT_ATTEMPTS => {
+                    note(format!("{}: QEMU crashed; once more", self.config.name));
                 }
                 Err(failure) => return Err(failure.error),
             }
@@ -257,7 +253,7 @@ impl Vm {
             release: String::new(),
             since,
         };
-        match running.channel.wait_hello(patience(20)) {
+        match running.channel.wait_hello(patience(60)) {
             Ok(release) => running.release = release,
             Err(error) => {
                 // What it ended by, if it ends by itself.
@@ -272,8 +268,8 @@ impl Vm {
                     "{} does not boot; its console:\n{tail}",
                     self.config.name
                 ));
-                let emulated = status.is_none_or(|status| status.signal() == Some(SIGABRT));
-                return Err(Failure { error, emulated });
+                let aborted = status.and_then(|status| status.signal()) == Some(SIGABRT);
+                return Err(Failure { error, aborted });
             }
         }
         note(format!(
