@@ -738,7 +738,6 @@ impl Worker {
         self.in_place = false;
         let broken = match resumed {
             Resumed::Continues => None,
-            Resumed::NewStream if dtloop_canary::bites(Canary::NewStreamTrusted) => None,
             Resumed::NewStream if welcome.known_stream.is_none() => {
                 Some("the target knows nothing of the set".to_owned())
             }

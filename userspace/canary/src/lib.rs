@@ -37,8 +37,6 @@ pub enum Canary {
     SettledTooSoon,
     /// The agent has the kernel's marks go while the source's own disk has the change in its cache.
     MarksGoUnflushed,
-    /// A new stream leaves what was mirrored before as mirrored.
-    NewStreamTrusted,
     /// The journal is replayed as it is in memory, where a killed program had put it.
     ReplayedUnsynced,
     /// A target that could not finish taking up a stream goes on with the number of the one before.

@@ -9,7 +9,6 @@
 
 use std::collections::BTreeMap;
 
-use dtloop_canary::Canary;
 use dtloop_proto::message::{DeviceOffer, VolumeReport, VolumeSync};
 use dtloop_proto::{Code, Uuid};
 use serde::{Deserialize, Serialize};
@@ -163,7 +162,7 @@ impl SetMemory {
         self.suspended = None;
         self.proven = None;
         for device in self.devices.values_mut() {
-            device.mirrored &= dtloop_canary::bites(Canary::NewStreamTrusted);
+            device.mirrored = false;
             device.device = 0;
             device.decided = 0;
         }
@@ -195,7 +194,7 @@ impl SetMemory {
         let is_other = device.device != offer.device;
         if is_other {
             device.device = offer.device;
-            device.mirrored &= dtloop_canary::bites(Canary::NewStreamTrusted);
+            device.mirrored = false;
             device.bypassed_sectors = 0;
         }
         device.sectors = offer.sectors;

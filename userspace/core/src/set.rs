@@ -359,9 +359,7 @@ impl SetState {
         match admission {
             Admission::Resume => {}
             Admission::NewStream => {
-                if !dtloop_canary::bites(Canary::NewStreamTrusted) {
-                    self.distrust_all();
-                }
+                self.distrust_all();
                 self.stream_uuid = hello.stream_uuid;
                 self.applied_seq = hello.first_seq - 1;
                 self.lost = None;

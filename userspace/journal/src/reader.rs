@@ -126,7 +126,7 @@ impl Reader {
     /// Those of the file system.
     pub fn harden(mut self) -> io::Result<()> {
         let mut written: Option<(u64, Arc<dyn DiskFile>)> = None;
-        while let Some(batch) = self.next_batch()? {
+        while let Some(batch) = self.next_glimpse()? {
             let Some((file, segment)) = &self.file else {
                 break;
             };
@@ -139,8 +139,7 @@ impl Reader {
                 }
                 write_again(&**file, 0, SEGMENT_HEADER_BYTES as u64)?;
             }
-            let bytes = batch_bytes(u64::from(batch.header.bytes));
-            write_again(&**file, batch.end.offset - bytes, bytes)?;
+            write_again(&**file, batch.at.offset, batch.end.offset - batch.at.offset)?;
         }
         if let Some((_, file)) = written {
             file.sync()?;

@@ -10,8 +10,8 @@
 //! # The rule
 //!
 //! Nothing in `dtloop-agent` and `dtloop-target` that the simulation runs may wait, or read a clock, but through here: in a
-//! simulation it would wait for ever, or see another time. `clippy.toml` of both crates refuses what would. A lock that is
-//! not held while its holder waits needs nothing of this.
+//! simulation it would wait for ever, or see another time. What only the programs run (`main.rs`, the control socket) may use
+//! the standard library. A lock that is not held while its holder waits needs nothing of this.
 
 #![forbid(unsafe_code)]
 

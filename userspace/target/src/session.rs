@@ -301,7 +301,8 @@ fn welcome(
         let text = format!("Set \"{set}\" is no longer applied; look at the log of dttarget");
         Refusal::new(Code::INTERNAL, text)
     };
-    // While a disk fails, the applier answers with the reason; it takes up nothing that nobody would know of.
+    // While a disk fails, the applier answers with the reason. It may have taken up the stream by then; whoever comes next goes
+    // on with that.
     dtloop_runtime::send(&writer.commands, enter).map_err(|_| gone())?;
     let entered = dtloop_runtime::receive(&answer).map_err(|_| gone())??;
     if let Admission::Hole { from, to } = entered.admission {
