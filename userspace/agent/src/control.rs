@@ -321,8 +321,8 @@ fn follow_job(set: &SetShared, id: u64, follow: bool, answer: &mut Answer<'_>) -
                 Outcome::Verify(items.map(result).collect())
             }));
         }
-        if reported.is_none_or(|at| dtloop_runtime::elapsed(at) >= PROGRESS_EVERY) {
-            reported = Some(dtloop_runtime::now());
+        if reported.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
+            reported = Some(Instant::now());
             let devices = job.progress(number);
             let name = snapshot.status.name.clone();
             let progress = Progress {
@@ -337,7 +337,7 @@ fn follow_job(set: &SetShared, id: u64, follow: bool, answer: &mut Answer<'_>) -
 }
 
 fn wait(set: &SetShared, timeout_ms: Option<u64>, answer: &mut Answer<'_>) -> Done {
-    let began = dtloop_runtime::now();
+    let began = Instant::now();
     let seq = match ask(set, |reply| Command::Wait { reply }) {
         Ok(seq) => seq,
         Err(failure) => return Ok(Err(failure)),
@@ -355,21 +355,21 @@ fn wait(set: &SetShared, timeout_ms: Option<u64>, answer: &mut Answer<'_>) -> Do
         if is_fresh && snapshot.settled && applied_seq >= seq {
             return Ok(Ok(Outcome::Wait(WaitResult {
                 seq,
-                elapsed_ms: ms(dtloop_runtime::elapsed(began)),
+                elapsed_ms: ms(began.elapsed()),
             })));
         }
         if let Some(reason) = snapshot.hopeless.as_ref().filter(|_| is_fresh) {
             let message = format!("The target cannot get everything: {reason}.");
             return Ok(Err(Failure::new(FailureCode::TargetRefused, message)));
         }
-        if timeout_ms.is_some_and(|timeout| ms(dtloop_runtime::elapsed(began)) >= timeout) {
+        if timeout_ms.is_some_and(|timeout| ms(began.elapsed()) >= timeout) {
             let message = format!(
                 "The time given is over; the target has applied everything below record {applied_seq} of {seq}."
             );
             return Ok(Err(Failure::new(FailureCode::TimedOut, message)));
         }
-        if reported.is_none_or(|at| dtloop_runtime::elapsed(at) >= PROGRESS_EVERY) {
-            reported = Some(dtloop_runtime::now());
+        if reported.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
+            reported = Some(Instant::now());
             let wait = Some(WaitProgress { seq, applied_seq });
             let name = snapshot.status.name.clone();
             let progress = Progress {

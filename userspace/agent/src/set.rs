@@ -213,8 +213,6 @@ pub struct Worker {
     /// How far the regions of a device are settled.
     settled: Option<(u32, u64)>,
     intents_tended: Instant,
-    /// When its version was last taken note of.
-    intents_noted: Instant,
     flushes: durable::Flushes,
     /// Version of the intent file that the target was told.
     intent_told: u64,
@@ -336,7 +334,6 @@ impl Worker {
             region_sectors: 0,
             settled: None,
             intents_tended: now,
-            intents_noted: now,
             flushes: durable::Flushes::new(now),
             intent_told: 0,
             last_recovery,

@@ -31,6 +31,8 @@ pub struct Marks {
     pub broken: Option<String>,
     /// Version of the file on disk.
     pub version: u64,
+    /// A version that this machine has seen on disk before, and remembers elsewhere; 0: none.
+    pub seen: u64,
     /// The streams that they cover.
     pub bases: Vec<Base>,
 }
@@ -66,10 +68,11 @@ impl Marks {
                 base.acked - 1
             ));
         }
-        if self.version < past.intent_version {
+        let newest = past.intent_version.max(self.seen);
+        if self.version < newest {
             return Err(format!(
-                "the intent file is an older copy (version {}, the target has heard of {})",
-                self.version, past.intent_version
+                "the intent file is an older copy (version {}, there was {newest} already)",
+                self.version
             ));
         }
         Ok(())
@@ -86,6 +89,7 @@ mod tests {
         Marks {
             broken: None,
             version: 9,
+            seen: 9,
             bases: vec![Base {
                 stream: STREAM,
                 acked: 100,
@@ -100,6 +104,21 @@ mod tests {
             intent_version: 9,
             mirrored: vec![1],
         }
+    }
+
+    #[test]
+    fn an_older_file_is_known_by_whoever_has_seen_a_newer_one() {
+        let older = Marks {
+            seen: 10,
+            ..marks()
+        };
+        let reason = older.cover(&past(), 1, Ok(())).unwrap_err();
+        assert!(reason.contains("older copy (version 9"), "{reason}");
+        let told = Past {
+            intent_version: 10,
+            ..past()
+        };
+        assert_eq!(marks().cover(&told, 1, Ok(())), Err(reason));
     }
 
     #[test]

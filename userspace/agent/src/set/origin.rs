@@ -121,26 +121,19 @@ impl Worker {
     /// A record is sent: what the blocks held that it changes is not known any more.
     pub(super) fn forget_blocks(&mut self, body: &RecordBody) {
         if body.op == Op::Gap {
-            let devices: Vec<u32> = self.devices.iter().map(|device| device.device_id).collect();
-            for device in devices {
-                self.forget_range(device, 0, u64::MAX);
-            }
+            self.forget_origins();
         } else if let Some((start, end)) = changed(body) {
             self.forget_range(body.device, start, end);
         }
     }
 
-    /// The agent before may have sent records, and let them go, whose changes it did not forget durably.
+    /// Nothing is known of any block any more: changes were made that no record tells of, or an agent before this one may have
+    /// sent records, and let them go, whose changes it did not forget durably.
     pub(super) fn forget_origins(&mut self) {
-        let known: Vec<u32> = self
-            .memory
-            .devices
-            .values()
-            .map(|item| item.device)
-            .collect();
-        for device in known {
-            self.forget_range(device, 0, u64::MAX);
+        for memory in self.memory.devices.values_mut() {
+            self.origins.forgotten |= memory.origin.forget(0, u64::MAX);
         }
+        self.origins.reading = None;
     }
 
     /// A record is sent, with this content: what it wrote may be remembered, behind [`Worker::forget_blocks`]. Whatever

@@ -20,8 +20,7 @@ use dtloop_proto::{Message, Uuid};
 
 use super::{End, INTENT_EVERY, Session, Worker};
 
-/// What a stream's intent map says, in the terms of the core.
-/// `seen`: the version that was seen last in an earlier stream.
+/// What a stream's intent map says, in the terms of the core. `seen`: the version that was seen last in the stream before.
 fn marks(
     status: &raw::IntentStatus,
     past: &Past,
@@ -47,26 +46,21 @@ fn marks(
     } else {
         match Found::from_raw(status.found) {
             // In the stream that began it, a new file has all marks.
-            Found::Known if past.stream != current && status.found_version < seen => {
-                let found = status.found_version;
-                Some(format!(
-                    "the intent file is an older copy (version {found}, this machine has seen {seen})"
-                ))
-            }
             Found::Known | Found::New => None,
             other if past.stream != current => Some(other.to_string()),
             _ => None,
         }
     };
-    // Of an earlier stream the target was told the version that was found, or a lower one.
-    let version = if past.stream == current {
-        status.version
+    // Of an earlier stream the target was told, and this machine saw, the version that was found, or a lower one.
+    let (version, seen) = if past.stream == current {
+        (status.version, 0)
     } else {
-        status.found_version
+        (status.found_version, seen)
     };
     Marks {
         broken,
         version,
+        seen,
         bases,
     }
 }
@@ -274,18 +268,18 @@ impl Worker {
         Ok(())
     }
 
-    /// Remembers, on another disk than that of the intent file, that its marks are not to be relied on.
     /// Also without a session: the target is told nothing then, and this agent alone can know an older copy of the file.
     pub(super) fn note_intents(&mut self, stream: &dyn CaptureStream) {
-        if dtloop_runtime::elapsed(self.intents_noted) < INTENT_EVERY {
+        if dtloop_runtime::elapsed(self.intents_tended) < INTENT_EVERY {
             return;
         }
-        self.intents_noted = dtloop_runtime::now();
+        self.intents_tended = dtloop_runtime::now();
         // A stream that is of no more use is noticed elsewhere.
         let _ = self.watch_intents(stream);
         self.persist(false);
     }
 
+    /// Remembers, on another disk than that of the intent file, its version, and that its marks are not to be relied on.
     pub(super) fn watch_intents(&mut self, stream: &dyn CaptureStream) -> Result<(), End> {
         let status = stream.intent_status()?;
         self.region_sectors = u64::from(status.region_bytes) / raw::SECTOR_BYTES;
@@ -357,9 +351,8 @@ mod tests {
         };
         assert!(marks(&foreign, &past(OLD), NOW, &[], 0).broken.is_some());
         assert!(marks(&foreign, &past(NOW), NOW, &[], 0).broken.is_none());
-        let older = marks(&status(), &past(OLD), NOW, &[], 11).broken;
-        assert!(older.is_some_and(|reason| reason.contains("older")));
-        assert_eq!(marks(&status(), &past(NOW), NOW, &[], 11).broken, None);
+        let seen = |stream| marks(&status(), &past(stream), NOW, &[], 11).seen;
+        assert_eq!((seen(OLD), seen(NOW)), (11, 0));
         let off = raw::IntentStatus {
             flags: 0,
             ..status()

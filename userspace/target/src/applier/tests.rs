@@ -990,3 +990,27 @@ fn a_stream_that_was_taken_up_without_anybody_being_told_is_gone_on_with() {
     }
     assert!(half > 3, "{half}");
 }
+
+/// A program was killed when it had just put the state there; its successor acts on what memory has.
+#[test]
+fn a_state_that_is_relied_on_survives_a_power_cut() {
+    let disk = SimDisk::new(1);
+    let mut target = Target::new(&disk);
+    target.prepare();
+    let (path, aside) = (dir().join("state"), Path::new("/aside/state"));
+    let generation = || -> u64 {
+        let saved: Option<Saved> = state_file::load_on(&disk, &path).unwrap();
+        saved.unwrap().state.generation
+    };
+    let mut saved: Saved = state_file::load_on(&disk, &path).unwrap().unwrap();
+    saved.state.generation = 7;
+    state_file::store_on(&disk, aside, &saved).unwrap();
+    disk.rename(aside, &path).unwrap();
+    disk.restart();
+    target.parts.disk = Arc::new(disk.clone());
+    let (parts, settings) = (target.parts.clone(), target.settings.clone());
+    let applier = Applier::load(parts, settings, &dir(), SOURCE, "db").unwrap();
+    assert_eq!(applier.state().generation, 7);
+    disk.crash_hard();
+    assert_eq!(generation(), 7);
+}
