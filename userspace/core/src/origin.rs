@@ -133,10 +133,10 @@ impl Origin {
 
     /// A range was changed. True: something in it was known.
     pub fn forget(&mut self, start: u64, end: u64) -> bool {
-        let before = self.known().len();
+        let before = self.samples.len() + self.trail.len();
         let range = [(start, end)];
         self.retain(|sample| !Ranges(&range).covers(sample.offset));
-        self.known().len() < before
+        self.samples.len() + self.trail.len() < before
     }
 
     /// Keeps only what was found again: the marks that would explain a change may be gone by the next look.

@@ -53,6 +53,14 @@ pub struct DeviceMemory {
     pub wanted: bool,
 }
 
+impl DeviceMemory {
+    /// Whether there was a copy, or an operator wants one: it is made, or made good, without asking.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.mirrored_once || self.wanted
+    }
+}
+
 /// Both sides had the same link of the hash chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proven {
@@ -413,8 +421,8 @@ impl SetMemory {
                     .to_owned(),
             };
             let doubt = memory.and_then(|memory| memory.doubt.clone());
-            let wanted = memory.is_some_and(|memory| memory.wanted);
-            let automatic = (once || wanted) && doubt.is_none();
+            let wanted = memory.is_some_and(DeviceMemory::is_wanted);
+            let automatic = wanted && doubt.is_none();
             let reason = doubt.unwrap_or(reason);
             needs.push(Need {
                 device: offer.device,

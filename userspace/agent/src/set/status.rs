@@ -8,6 +8,7 @@ use std::time::Instant;
 use dtloop_abi::{CaptureStream, raw};
 use dtloop_api::{Connection, DeviceState, DeviceStatus, Pass, ProofStatus, Rates, SetStatus};
 use dtloop_core::mirror::JobKind;
+use dtloop_core::replica::DeviceMemory;
 use dtloop_proto::Code;
 use dtloop_proto::message::{Ack, StagingPhase, VolumeSync};
 
@@ -110,9 +111,7 @@ impl Worker {
         // knows which of device and copy is newer.
         let by_itself = |device: &DeviceStatus| {
             let memory = self.memory.devices.get(&device.label);
-            memory.is_some_and(|memory| {
-                (memory.mirrored_once || memory.wanted) && memory.doubt.is_none()
-            })
+            memory.is_some_and(|memory| memory.is_wanted() && memory.doubt.is_none())
         };
         let stuck = |device: &&DeviceStatus| match device.state {
             DeviceState::Error | DeviceState::VerifyNeeded { .. } => true,
@@ -266,7 +265,7 @@ impl Worker {
         }
         if !mirrored {
             let last = self.memory.job.as_ref().and_then(|job| job.failed.clone());
-            let once = memory.is_some_and(|memory| memory.mirrored_once || memory.wanted);
+            let once = memory.is_some_and(DeviceMemory::is_wanted);
             let doubt = memory.and_then(|memory| memory.doubt.clone());
             let reason = match doubt.or(last) {
                 Some(reason) if self.planner.is_none() => reason,
