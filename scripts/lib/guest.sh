@@ -114,7 +114,7 @@ stage_overlay() {
     in_root depmod -b "$scratch" "$release"
     cp "$scratch/$modules"/modules.* "$overlay/$modules/"
     for file in "$WORK"/target/release/*; do
-        if [ -f "$file" ] && [ -x "$file" ] && [[ $file != *.so ]]; then
+        if [ -f "$file" ] && [ -x "$file" ] && [[ $file != *.so && $file != */dtsim ]]; then
             in_root strip -g -o "$overlay/opt/dtloop/bin/$(basename "$file")" "$file"
         fi
     done

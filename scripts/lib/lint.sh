@@ -21,8 +21,7 @@ lint_format_module() {
 lint_clippy_userspace() {
     in_root cargo clippy --manifest-path "$REPO/Cargo.toml" --workspace --all-targets --locked -- -D warnings
     # With the feature that makes agent and target live in a simulated world.
-    in_root env CARGO_TARGET_DIR="$WORK/simulation" cargo clippy --manifest-path "$REPO/tests/simulation/Cargo.toml" --locked -- \
-        -D warnings
+    in_root cargo clippy --manifest-path "$REPO/tests/simulation/Cargo.toml" --locked -- -D warnings
     # `test = false` takes it out of all targets.
     in_root cargo clippy --manifest-path "$REPO/Cargo.toml" --package dtloop-tests --test vm --locked -- -D warnings
 }

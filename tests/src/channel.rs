@@ -4,6 +4,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::fs::File;
+use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::story;
 use crate::wire::{self, MAX_PAYLOAD, Message};
 
 /// Number of the job that is the guest's own greeting.
@@ -60,7 +63,15 @@ impl fmt::Display for Output {
     }
 }
 
-type Jobs = Arc<Mutex<HashMap<u32, Sender<Message>>>>;
+/// A job that has not ended.
+#[derive(Debug)]
+struct Waiting {
+    to: Sender<Message>,
+    script: String,
+    begin: Instant,
+}
+
+type Jobs = Arc<Mutex<HashMap<u32, Waiting>>>;
 
 /// The connection to a machine's `dtguest`.
 #[derive(Debug)]
@@ -72,19 +83,30 @@ pub(crate) struct Channel {
 }
 
 impl Channel {
-    pub(crate) fn new(socket: UnixStream) -> Result<Self> {
-        let jobs = Jobs::default();
-        let (sender, hello) = mpsc::channel();
-        lock(&jobs).insert(HELLO_JOB, sender);
+    /// Takes over the socket; `log` is told of every script that ends.
+    pub(crate) fn new(socket: UnixStream, log: File) -> Result<Self> {
         let input = socket.try_clone()?;
-        let table = Arc::clone(&jobs);
-        thread::spawn(move || distribute(input, &table));
-        Ok(Self {
+        let (to, hello) = mpsc::channel();
+        let channel = Self {
             socket: Arc::new(Mutex::new(socket)),
-            jobs,
+            jobs: Jobs::default(),
             next_job: AtomicU32::new(HELLO_JOB + 1),
             hello,
-        })
+        };
+        channel.expect(HELLO_JOB, "boot", to);
+        let jobs = Arc::clone(&channel.jobs);
+        thread::spawn(move || distribute(input, &jobs, log));
+        Ok(channel)
+    }
+
+    /// Notes who waits for what the guest says of a job.
+    fn expect(&self, id: u32, script: &str, to: Sender<Message>) {
+        let waiting = Waiting {
+            to,
+            script: script.to_owned(),
+            begin: Instant::now(),
+        };
+        lock(&self.jobs).insert(id, waiting);
     }
 
     /// Waits for the guest's greeting; returns its kernel release.
@@ -100,8 +122,8 @@ impl Channel {
     /// Starts a script.
     pub(crate) fn start(&self, script: &str) -> Result<Job> {
         let id = self.next_job.fetch_add(1, Ordering::Relaxed);
-        let (sender, messages) = mpsc::channel();
-        lock(&self.jobs).insert(id, sender);
+        let (to, messages) = mpsc::channel();
+        self.expect(id, script, to);
         let job = Job {
             id,
             script: script.to_owned(),
@@ -125,15 +147,25 @@ impl Drop for Channel {
 }
 
 /// Hands each message to its job, until the machine goes.
-fn distribute(mut input: UnixStream, jobs: &Jobs) {
+fn distribute(mut input: UnixStream, jobs: &Jobs, mut log: File) {
     while let Ok((id, message)) = wire::receive(&mut input) {
+        let ended = match message {
+            Message::Exit(code) => Some(code),
+            _ => None,
+        };
         let mut jobs = lock(jobs);
-        let last = matches!(message, Message::Exit(_));
+        let Some(job) = jobs.get(&id) else { continue };
         // A job that nobody waits for any more may still have something to say.
-        if let Some(job) = jobs.get(&id) {
-            let _ = job.send(message);
-        }
-        if last {
+        let _ = job.to.send(message);
+        if let Some(code) = ended {
+            // For whoever wants to know what a story did, and what took so long. Without it the story is as good.
+            let (now, took) = (story::elapsed(), job.begin.elapsed().as_secs_f64());
+            let _ = writeln!(
+                log,
+                "[{:6.1}] {took:.2} s, exit code {code}: {}",
+                now - took,
+                job.script
+            );
             jobs.remove(&id);
         }
     }

@@ -7,6 +7,7 @@ mod channel;
 mod console;
 mod disk;
 mod link;
+mod permits;
 mod qemu;
 mod qmp;
 mod story;

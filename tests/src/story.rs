@@ -17,9 +17,14 @@ pub(crate) fn name() -> String {
         .replace("::", ".")
 }
 
+/// Seconds since the run began.
+pub(crate) fn elapsed() -> f64 {
+    BEGIN.get_or_init(Instant::now).elapsed().as_secs_f64()
+}
+
 /// Prints a remark with the time since the run began; not captured by the test runner.
 pub fn note(text: impl AsRef<str>) {
-    let elapsed = BEGIN.get_or_init(Instant::now).elapsed().as_secs_f64();
+    let elapsed = elapsed();
     // A remark that cannot be printed is no reason to fail.
     let _ = writeln!(
         std::io::stderr(),

@@ -19,6 +19,7 @@ use crate::channel::{Channel, Job, Output};
 use crate::console::{self, Problem};
 use crate::disk::Disk;
 use crate::link::Link;
+use crate::permits::Permits;
 use crate::qemu::{self, Config, Kernel, Places};
 use crate::qmp::Qmp;
 use crate::story::{note, run_dir};
@@ -27,6 +28,10 @@ use crate::wait::{patience, wait_until};
 /// How often a machine is started whose emulator fails one of its own assertions while the machine boots. With several
 /// processors it does now and then, when the guest moves the memory of its devices (`iotlb_to_section`).
 const BOOT_ATTEMPTS: u32 = 3;
+
+/// How many machines may boot at a time: as many as a story with a source and a target has. Stories that begin together
+/// would only slow each other down, until a kernel that boots takes its clocks for broken.
+static BOOTS: Permits = Permits::new(2);
 
 /// The signal of a failed assertion.
 const SIGABRT: i32 = 6;
@@ -228,6 +233,7 @@ impl Vm {
         if self.running.is_some() {
             bail!("{} is on already", self.config.name);
         }
+        let _permit = BOOTS.take();
         for attempt in 1.. {
             match self.boot() {
                 Ok(running) => {
@@ -287,10 +293,7 @@ impl Vm {
             // Usually there is none.
             let _ = fs::remove_file(stale);
         }
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.places.dir.join("qemu.log"))?;
+        let log = self.log("qemu.log")?;
         let mut command = qemu::command(&self.config, &self.places)?;
         command
             .stdin(Stdio::null())
@@ -307,8 +310,19 @@ impl Vm {
         }
     }
 
+    /// A log that goes on from one start of the machine to the next.
+    fn log(&self, name: &str) -> Result<File> {
+        let path = self.places.dir.join(name);
+        File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
     fn connect(&self, process: &mut Child) -> Result<(Qmp, Channel)> {
-        let channel = Channel::new(connect(&self.places.channel(), process)?)?;
+        let socket = connect(&self.places.channel(), process)?;
+        let channel = Channel::new(socket, self.log("scripts.log")?)?;
         let qmp = Qmp::new(connect(&self.places.qmp(), process)?)?;
         Ok((qmp, channel))
     }

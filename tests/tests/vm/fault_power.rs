@@ -18,14 +18,14 @@ const REGION_BYTES: u64 = 64 << 10;
 
 #[test]
 fn a_source_without_power_is_made_good_past_the_host_cache() -> Result<()> {
-    source_ends(Cache::None, if full_run() { 20 } else { 3 }, |story| {
+    source_ends(Cache::None, if full_run() { 20 } else { 2 }, |story| {
         story.rig.source_mut().power_cut()
     })
 }
 
 #[test]
 fn a_source_without_power_is_made_good_with_a_write_back_cache() -> Result<()> {
-    source_ends(Cache::Writeback, if full_run() { 20 } else { 3 }, |story| {
+    source_ends(Cache::Writeback, if full_run() { 20 } else { 2 }, |story| {
         story.rig.source_mut().power_cut()
     })
 }
@@ -86,7 +86,7 @@ fn source_ends(cache: Cache, rounds: u64, end: impl Fn(&mut Story) -> Result<()>
 #[test]
 fn a_target_without_power_goes_on_where_it_was() -> Result<()> {
     let mut story = Story::pair(MIB, "")?;
-    for round in 1..=if full_run() { 10 } else { 3 } {
+    for round in 1..=if full_run() { 10 } else { 2 } {
         let load = story.single_load(200)?;
         sleep(Duration::from_millis(400 + round * 6007 % 1500));
         story.rig.target_mut().power_cut()?;

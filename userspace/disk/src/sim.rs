@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,14 +27,44 @@ const BYTES: u64 = 1 << 40;
 const PAGE: usize = 4096;
 
 type Page = [u8; PAGE];
-type Sector = [u8; SECTOR];
 
-/// What is durable of a sector.
+/// Sectors of a page, a bit for each.
+type Sectors = u8;
+
+/// What is durable of a page.
 #[derive(Clone)]
 struct Kept {
-    data: Sector,
-    /// The next sync is to write what is seen.
-    is_dirty: bool,
+    page: Option<Arc<Page>>,
+    /// The sectors of which that is so; of the others what is seen is durable, and the same.
+    sectors: Sectors,
+    /// Those of them that the next sync is to write.
+    dirty: Sectors,
+}
+
+impl Kept {
+    /// What is seen of these sectors is durable now.
+    fn forget(&mut self, sectors: Sectors, seen: Option<&Page>) {
+        self.sectors &= !sectors;
+        self.dirty &= !sectors;
+        if self.sectors == 0 {
+            return;
+        }
+        let page = Arc::make_mut(self.page.get_or_insert_with(|| Arc::new([0; PAGE])));
+        for range in ranges(sectors) {
+            match seen {
+                Some(seen) => page[range.clone()].copy_from_slice(&seen[range]),
+                None => page[range].fill(0),
+            }
+        }
+    }
+}
+
+/// Where these sectors are in their page.
+fn ranges(sectors: Sectors) -> impl Iterator<Item = Range<usize>> {
+    let is_in = move |sector: &usize| sectors & (1 << sector) != 0;
+    (0..PAGE / SECTOR)
+        .filter(is_in)
+        .map(|sector| sector * SECTOR..(sector + 1) * SECTOR)
 }
 
 #[derive(Clone, Default)]
@@ -41,18 +72,12 @@ struct Content {
     /// What programs see. Pages are shared with other disks until one of them writes.
     pages: Vec<Option<Arc<Page>>>,
     bytes: usize,
-    /// What is durable of the sectors in which that is something else, perhaps.
+    /// What is durable of the pages in which that is something else, perhaps.
     durable: BTreeMap<usize, Kept>,
     durable_bytes: usize,
 }
 
 impl Content {
-    fn sector(&self, sector: usize) -> Sector {
-        let mut data = [0; SECTOR];
-        self.read(sector * SECTOR, &mut data);
-        data
-    }
-
     /// What is beyond the end is zero.
     fn read(&self, mut at: usize, mut data: &mut [u8]) {
         while !data.is_empty() {
@@ -86,14 +111,15 @@ impl Content {
             return;
         }
         for sector in offset / SECTOR..=(offset + bytes - 1) / SECTOR {
-            match self.durable.get_mut(&sector) {
-                Some(kept) => kept.is_dirty = true,
-                None => {
-                    let data = self.sector(sector);
-                    let is_dirty = true;
-                    self.durable.insert(sector, Kept { data, is_dirty });
-                }
-            }
+            let page = sector * SECTOR / PAGE;
+            let kept = self.durable.entry(page).or_insert_with(|| Kept {
+                page: self.pages.get(page).cloned().flatten(),
+                sectors: 0,
+                dirty: 0,
+            });
+            let bit = 1 << (sector % (PAGE / SECTOR));
+            kept.sectors |= bit;
+            kept.dirty |= bit;
         }
     }
 
@@ -115,20 +141,35 @@ impl Content {
     }
 
     fn sync(&mut self) {
-        self.durable.retain(|_, kept| !kept.is_dirty);
+        self.settle(|_, kept| kept.dirty);
         self.durable_bytes = self.bytes;
+    }
+
+    /// Of each page, the sectors that `written` tells are durable now, and none is dirty any more.
+    fn settle(&mut self, mut written: impl FnMut(usize, &Kept) -> Sectors) {
+        let pages = &self.pages;
+        self.durable.retain(|page, kept| {
+            let written = written(*page, kept);
+            kept.forget(written, pages.get(*page).and_then(Option::as_deref));
+            kept.dirty = 0;
+            kept.sectors != 0
+        });
     }
 
     /// The kernel takes what it could not write for clean: seen until it leaves memory, and never durable.
     fn fail_sync(&mut self, mut survives: impl FnMut() -> bool) {
         let (bytes, mut reached) = (self.bytes, self.durable_bytes);
-        self.durable.retain(|sector, kept| {
-            let written = kept.is_dirty && survives();
-            if written && sector * SECTOR < bytes {
-                reached = reached.max(((sector + 1) * SECTOR).min(bytes));
+        self.settle(|page, kept| {
+            let mut written = 0;
+            for range in ranges(kept.dirty) {
+                if survives() {
+                    written |= 1 << (range.start / SECTOR);
+                    if page * PAGE + range.start < bytes {
+                        reached = reached.max((page * PAGE + range.end).min(bytes));
+                    }
+                }
             }
-            kept.is_dirty = false;
-            !written
+            written
         });
         self.durable_bytes = reached;
     }
@@ -137,12 +178,19 @@ impl Content {
     fn crash(&mut self, mut survives: impl FnMut() -> bool) {
         let (bytes, before) = (self.bytes, self.durable_bytes);
         let mut reached = before;
-        for (sector, kept) in std::mem::take(&mut self.durable) {
-            let is_cut_off = sector * SECTOR >= bytes;
-            if is_cut_off || !kept.is_dirty || !survives() {
-                self.put(sector * SECTOR, &kept.data);
-            } else {
-                reached = reached.max(((sector + 1) * SECTOR).min(bytes));
+        for (number, kept) in std::mem::take(&mut self.durable) {
+            let from = number * PAGE;
+            for range in ranges(kept.sectors) {
+                let is_cut_off = from + range.start >= bytes;
+                let is_dirty = kept.dirty & (1 << (range.start / SECTOR)) != 0;
+                if is_cut_off || !is_dirty || !survives() {
+                    match &kept.page {
+                        Some(page) => self.put(from + range.start, &page[range]),
+                        None => self.put(from + range.start, &[0; SECTOR]),
+                    }
+                } else {
+                    reached = reached.max((from + range.end).min(bytes));
+                }
             }
         }
         // A length that was not made durable is one or the other.
