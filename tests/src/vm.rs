@@ -387,6 +387,11 @@ impl Vm {
         self.running()?.channel.start(script.as_ref())
     }
 
+    /// What these devices and files hold, each in a line: length and hash.
+    pub fn digests(&self, paths: &[&str]) -> Result<Job> {
+        self.spawn(format!("dtguest digest {}", paths.join(" ")))
+    }
+
     /// Waits until a script ends with 0.
     pub fn wait_sh(&self, limit: Duration, script: &str) -> Result<()> {
         wait_until(script, limit, || {

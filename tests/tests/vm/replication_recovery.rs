@@ -27,7 +27,7 @@ fn crash(rig: &mut Rig) -> Result<()> {
 
 #[test]
 fn a_power_cut_of_the_source_costs_the_marked_regions() -> Result<()> {
-    let mut rig = Rig::pair(128)?;
+    let mut rig = Rig::pair(96)?;
     rig.begin(OPTIONS)?;
     rig.write(0, 64)?;
     rig.wait()?;
@@ -61,7 +61,7 @@ fn a_power_cut_of_the_source_costs_the_marked_regions() -> Result<()> {
                 .with_context(|| format!("{name} in {cost}"))
         };
         ensure!(cost["complete"] == true, "{cost}");
-        ensure!(field("regions")? > 0 && field("regions")? < 2048, "{cost}");
+        ensure!(field("regions")? > 0 && field("regions")? < 1536, "{cost}");
         ensure!(
             field("compared_bytes")? <= field("regions")? * 65536,
             "{cost}"

@@ -382,22 +382,24 @@ impl Rig {
     pub(crate) fn same(&self) -> Result<()> {
         self.wait()?;
         self.expect("status --check", 0)?;
-        // Past the page cache: that of the disk knows nothing of what the module writes.
-        let read = |path: &str| format!("dd if={path} bs=1M iflag=direct status=none");
-        let compare = |other: &str| {
-            let script = format!("cmp <({}) <({})", read(DEV), read(other));
-            let compared = self.source.try_sh_within(patience(60), script)?;
-            ensure!(compared.ok(), "{DEV} and {other} differ: {compared}");
-            Ok(())
-        };
-        compare(&self.disk)?;
-        let Some(target) = &self.target else {
-            return compare(IMAGE);
-        };
-        let hash =
-            |vm: &Vm, path: &str| vm.sh_within(patience(60), format!("{} | sha256sum", read(path)));
-        let source = hash(&self.source, DEV)?;
-        ensure!(source == hash(target, IMAGE)?, "source and copy differ");
+        self.alike(DEV, IMAGE, &[&self.disk])
+    }
+
+    /// Fails unless a device of the source and its copy hold the same, and what else there is of it on the source.
+    pub(crate) fn alike(&self, device: &str, copy: &str, others: &[&str]) -> Result<()> {
+        let here = [&[device], others].concat();
+        let jobs = [self.source.digests(&here)?, self.target().digests(&[copy])?];
+        let mut digests = String::new();
+        for job in jobs {
+            digests += &job.finish(patience(60))?;
+            digests.push('\n');
+        }
+        let mut lines = digests.lines();
+        let first = lines.next();
+        ensure!(
+            lines.all(|line| Some(line) == first),
+            "{here:?} and {copy} differ:\n{digests}"
+        );
         Ok(())
     }
 

@@ -62,7 +62,7 @@ impl House {
         rig.mirror("--full --set second")?;
         rig.mirror("--full --set third --socket /run/dtloop/other.sock")?;
         let mut house = Self { rig, loads: vec![] };
-        for (number, per_second) in [(101, 60), (102, 60), (103, 200)] {
+        for (number, per_second) in [(101, 40), (102, 40), (103, 100)] {
             let writer = format!(
                 "exec dtstamp write /dev/loop{number} --overlap --most 32768 --per-second {per_second}"
             );
@@ -104,7 +104,7 @@ impl House {
             wait_until(
                 &format!("progress of {name} while {meanwhile}"),
                 patience(15),
-                || Ok(self.applied(name)? > before + 60),
+                || Ok(self.applied(name)? > before + 40),
             )?;
             // Not only records: also what was written just now arrives.
             self.wait(name)?;
@@ -124,23 +124,14 @@ impl House {
             self.wait(set)?;
         }
         let rig = self.rig;
-        let hash = |vm: &Vm, path: &str| {
-            vm.sh_within(
-                patience(60),
-                format!("dd if={path} bs=1M iflag=direct status=none | sha256sum"),
-            )
-        };
         for (set, number) in OTHERS {
-            let (device, image) = (format!("/dev/loop{number}"), format!("/srv/{set}.img"));
-            ensure!(
-                hash(rig.source(), &device)? == hash(rig.target(), &image)?,
-                "{device} and {image} differ"
-            );
+            rig.alike(
+                &format!("/dev/loop{number}"),
+                &format!("/srv/{set}.img"),
+                &[],
+            )?;
         }
-        ensure!(
-            hash(rig.source(), DEV)? == hash(rig.target(), IMAGE)?,
-            "{DEV} and {IMAGE} differ"
-        );
+        rig.alike(DEV, IMAGE, &[])?;
         rig.source()
             .sh("dtguest settle; dtloop detach 102; dtloop detach 103
              pid=$(cat /run/other.pid); kill $pid; while [ -e /proc/$pid ]; do sleep 0.05; done")?;
@@ -187,6 +178,8 @@ const FLOOD: &str = r#"exec perl -MIO::Socket::INET -MIO::Select -e '
             $held->remove($door);
             close $door;
         }
+        # They are to be a burden for the target, not for the processors that all machines of a test share.
+        select undef, undef, undef, 0.002;
     }'"#;
 
 #[test]

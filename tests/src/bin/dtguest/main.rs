@@ -7,6 +7,7 @@
 
 mod boot;
 mod device;
+mod digest;
 mod serve;
 mod settle;
 
@@ -44,6 +45,11 @@ fn run() -> Result<()> {
             );
             Ok(())
         }
-        _ => bail!("usage: dtguest init|serve|poweroff|settle [OPTION...]|device SERIAL"),
+        Some("digest") => args[2..]
+            .iter()
+            .try_for_each(|path| digest::digest(path).map(|digest| println!("{digest}"))),
+        _ => bail!(
+            "usage: dtguest init|serve|poweroff|settle [OPTION...]|device SERIAL|digest PATH..."
+        ),
     }
 }
