@@ -5,6 +5,7 @@
 mod assurance;
 mod boot;
 mod command_refusals;
+mod entries;
 mod fault_clock;
 mod fault_disks;
 mod fault_frame;

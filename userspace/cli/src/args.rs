@@ -8,8 +8,14 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dtloop_abi::{CONTROL_PATH, Name, raw};
 use dtloop_api::SOCKET_PATH;
+use dtloop_manage::attach::{self, Intent, LoopNumber, Wanted};
+use dtloop_manage::entries::ENTRIES_PATH;
+use dtloop_manage::entries::name::DeviceName;
+use dtloop_manage::entries::numbers::NUMBERS_PATH;
+use dtloop_manage::entries::options::{self, Options};
+use dtloop_manage::size;
 
-use crate::{exit, size};
+use crate::exit;
 
 /// Replicate block devices through /dev/loop#
 ///
@@ -50,6 +56,12 @@ pub(crate) struct Global {
         hide_short_help = true
     )]
     pub(crate) run_dir: PathBuf,
+    /// The entries
+    #[arg(long, global = true, help_heading = COMMON, value_name = "PATH", env = "DTLOOP_ENTRIES", default_value = ENTRIES_PATH, hide_short_help = true)]
+    pub(crate) entries: PathBuf,
+    /// Where loop numbers of entries with auto are remembered
+    #[arg(long, global = true, help_heading = COMMON, value_name = "PATH", env = "DTLOOP_NUMBERS", default_value = NUMBERS_PATH, hide_short_help = true)]
+    pub(crate) numbers: PathBuf,
 }
 
 #[derive(Debug, Subcommand)]
@@ -60,6 +72,9 @@ pub(crate) enum Command {
     Attach(Attach),
     /// Detach a loop device
     Detach(Detach),
+    /// Change, show and check the entries of /etc/DT/dtloop_devices
+    #[command(subcommand)]
+    Config(Config),
     /// Show sets, devices and how far the target is
     Status(Status),
     /// Follow the size of the backing device
@@ -101,13 +116,94 @@ pub(crate) struct Devices {
     pub(crate) all: bool,
 }
 
+/// The entries of /etc/DT/dtloop_devices
+#[derive(Debug, Subcommand)]
+pub(crate) enum Config {
+    /// Add an entry
+    #[command(after_help = exit::HELP)]
+    Add(Box<ConfigAdd>),
+    /// Remove an entry; a device that is attached stays attached
+    #[command(after_help = exit::HELP)]
+    Remove {
+        /// The block device, the loop device or its number
+        which: String,
+    },
+    /// Show the entries and what each is attached to
+    List,
+    /// Explain what is wrong with the entries, by line and column
+    #[command(after_help = exit::HELP)]
+    Check,
+    /// Edit the file; it is checked before it is taken
+    #[command(after_help = exit::HELP)]
+    Edit,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConfigAdd {
+    /// The block device: a path below /dev, UUID=, LABEL=, PARTUUID=, PARTLABEL= or ID=
+    #[arg(value_parser = DeviceName::parse)]
+    pub(crate) device: DeviceName,
+    /// The loop device: a number, /dev/loopN, or auto: the one it had before, or the first free one from 100 up
+    #[arg(value_name = "LOOP", default_value = "auto", value_parser = str::parse::<LoopNumber>)]
+    pub(crate) number: LoopNumber,
+    /// Options as in the file, with commas between them: set=, volume=, offset=, encryption= ...
+    #[arg(long, short, value_name = "LIST", default_value = "-", value_parser = parse_options)]
+    pub(crate) options: Options,
+    /// Write the name of the device that stays the same over a reboot, instead of the given one
+    #[arg(long)]
+    pub(crate) stable: bool,
+    /// Add it although it cannot be used now, because the disk is not there for example
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+fn parse_options(text: &str) -> Result<Options, String> {
+    Options::parse(text).map_err(|bad| {
+        let reasons: Vec<_> = bad.into_iter().map(|bad| bad.reason).collect();
+        reasons.join("; ")
+    })
+}
+
+/// Attaching all entries.
+#[derive(Debug, Args)]
+pub(crate) struct AttachAll {
+    /// How long disks that are not there yet are waited for: 500ms, 90s, 5m
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = size::parse_duration)]
+    pub(crate) wait: Duration,
+    /// Also entries with the option noauto
+    #[arg(long)]
+    pub(crate) noauto: bool,
+}
+
+impl AttachAll {
+    /// What is there now.
+    pub(crate) const fn now() -> Self {
+        Self {
+            wait: Duration::ZERO,
+            noauto: false,
+        }
+    }
+}
+
+/// Detaching all entries.
+#[derive(Debug, Args)]
+pub(crate) struct DetachAll {
+    /// Do not unmount; what is mounted is refused then
+    #[arg(long)]
+    pub(crate) no_unmount: bool,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = exit::HELP)]
 pub(crate) struct Attach {
     /// The block device
-    pub(crate) device: PathBuf,
+    #[arg(required_unless_present = "all")]
+    pub(crate) device: Option<PathBuf>,
+    /// Attach all entries of /etc/DT/dtloop_devices instead
+    #[arg(long, conflicts_with_all = ["device", "number", "set", "offset", "size_limit", "read_only", "partscan", "ring_size", "policy", "volume", "intent", "region_size", "hot_regions", "allow_signature"])]
+    pub(crate) all: bool,
     /// The loop device: a number, /dev/loopN, or auto for the first free one from 100 up
-    #[arg(long = "loop", value_name = "N", default_value = "auto", value_parser = parse_loop)]
+    #[arg(long = "loop", value_name = "N", default_value = "auto", value_parser = str::parse::<LoopNumber>)]
     pub(crate) number: LoopNumber,
     /// The replication set; made when it does not exist
     #[arg(long, value_name = "NAME", default_value = "default", value_parser = parse_name)]
@@ -125,7 +221,7 @@ pub(crate) struct Attach {
     #[arg(long)]
     pub(crate) partscan: bool,
     /// Memory for changes on their way, a power of two; for a set that is made [default: 64M]
-    #[arg(long, value_name = "SIZE", value_parser = parse_ring)]
+    #[arg(long, value_name = "SIZE", value_parser = options::ring_bytes)]
     pub(crate) ring_size: Option<u64>,
     /// What happens when that memory is full; for a set that is made [default: track]
     #[arg(long, value_enum)]
@@ -139,7 +235,7 @@ pub(crate) struct Attach {
     #[arg(long, value_name = "FILE|off", value_parser = parse_intent)]
     pub(crate) intent: Option<Intent>,
     /// Region of a new intent file, a power of two from 64K to 1G [default: 4M]
-    #[arg(long, value_name = "SIZE", value_parser = parse_region)]
+    #[arg(long, value_name = "SIZE", value_parser = options::region_bytes)]
     pub(crate) region_size: Option<u32>,
     /// Regions that may stay marked while the target has everything: more need fewer writes of the intent file, and
     /// more comparing after a crash [default: 1024]
@@ -151,13 +247,26 @@ pub(crate) struct Attach {
     pub(crate) allow_signature: bool,
 }
 
-/// Where the intent file is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Intent {
-    /// Nowhere: changes are not tracked across a crash.
-    Off,
-    /// There.
-    File(PathBuf),
+impl Attach {
+    /// What is to be attached, and how.
+    pub(crate) fn wanted(&self) -> Wanted {
+        Wanted {
+            device: self.device.clone().unwrap_or_default(),
+            number: self.number,
+            set: self.set,
+            offset: self.offset,
+            size_limit: self.size_limit,
+            read_only: self.read_only,
+            partscan: self.partscan,
+            ring_size: self.ring_size,
+            policy: self.policy.map(Into::into),
+            volume: self.volume,
+            intent: self.intent.clone(),
+            region_size: self.region_size,
+            hot_regions: self.hot_regions,
+            allow_signature: self.allow_signature,
+        }
+    }
 }
 
 // clap asks for a Result.
@@ -169,20 +278,15 @@ fn parse_intent(text: &str) -> Result<Intent, String> {
     })
 }
 
-fn parse_region(text: &str) -> Result<u32, String> {
-    let bytes = size::parse(text)?;
-    let legal = u64::from(raw::REGION_BYTES_MIN)..=u64::from(raw::REGION_BYTES_MAX);
-    if !bytes.is_power_of_two() || !legal.contains(&bytes) {
-        return Err("it is no power of two from 64K to 1G".to_owned());
-    }
-    u32::try_from(bytes).map_err(|error| error.to_string())
-}
-
 #[derive(Debug, Args)]
 #[command(after_help = exit::HELP)]
 pub(crate) struct Detach {
     /// The loop device or its number, or the block device behind it
-    pub(crate) device: String,
+    #[arg(required_unless_present = "all")]
+    pub(crate) device: Option<String>,
+    /// Detach all entries of /etc/DT/dtloop_devices instead
+    #[arg(long, conflicts_with_all = ["device", "force", "discard_records"])]
+    pub(crate) all: bool,
     /// Detach although it is in use: its users get I/O errors
     #[arg(long)]
     pub(crate) force: bool,
@@ -407,44 +511,14 @@ pub(crate) enum Policy {
     Throttle,
 }
 
-impl Policy {
-    pub(crate) const fn to_raw(self) -> u32 {
-        match self {
-            Self::Track => raw::POLICY_TRACK,
-            Self::Block => raw::POLICY_BLOCK,
-            Self::Throttle => raw::POLICY_THROTTLE,
+impl From<Policy> for attach::Policy {
+    fn from(policy: Policy) -> Self {
+        match policy {
+            Policy::Track => Self::Track,
+            Policy::Block => Self::Block,
+            Policy::Throttle => Self::Throttle,
         }
     }
-}
-
-/// The loop device asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum LoopNumber {
-    Auto,
-    Pinned(u32),
-}
-
-fn parse_loop(text: &str) -> Result<LoopNumber, String> {
-    if text == "auto" {
-        return Ok(LoopNumber::Auto);
-    }
-    let number = loop_number(text).ok_or("give a number, /dev/loopN or auto")?;
-    if i64::from(number) > i64::from(raw::LOOP_NUMBER_MAX) {
-        return Err(format!("the highest number is {}", raw::LOOP_NUMBER_MAX));
-    }
-    Ok(LoopNumber::Pinned(number))
-}
-
-/// The number in `7`, `loop7` or `/dev/loop7`.
-pub(crate) fn loop_number(text: &str) -> Option<u32> {
-    let digits = text.strip_prefix("/dev/").unwrap_or(text);
-    let digits = match digits.strip_prefix("loop") {
-        Some(digits) => digits,
-        None if digits.len() == text.len() => digits,
-        None => return None,
-    };
-    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
-    plain.then(|| digits.parse().ok()).flatten()
 }
 
 fn parse_name(text: &str) -> Result<Name, String> {
@@ -466,19 +540,6 @@ fn parse_limit(text: &str) -> Result<u64, String> {
     }
 }
 
-fn parse_ring(text: &str) -> Result<u64, String> {
-    let bytes = size::parse(text)?;
-    let range = raw::RING_BYTES_MIN..=raw::RING_BYTES_MAX;
-    if bytes.is_power_of_two() && range.contains(&bytes) {
-        return Ok(bytes);
-    }
-    Err(format!(
-        "it must be a power of two from {} to {}",
-        size::bytes(raw::RING_BYTES_MIN),
-        size::bytes(raw::RING_BYTES_MAX)
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -495,23 +556,10 @@ mod tests {
     }
 
     #[test]
-    fn loop_numbers_are_read() {
-        for text in ["7", "loop7", "/dev/loop7"] {
-            assert_eq!(parse_loop(text), Ok(LoopNumber::Pinned(7)), "{text}");
-        }
-        assert_eq!(parse_loop("auto"), Ok(LoopNumber::Auto));
-        for text in [
-            "", "-1", "/dev/7", "/dev/sda", "loop", "loop7p1", "1048576", "+7",
-        ] {
-            assert!(parse_loop(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
     fn ring_sizes_are_checked() {
-        assert_eq!(parse_ring("64M"), Ok(64 << 20));
+        assert_eq!(options::ring_bytes("64M"), Ok(64 << 20));
         for text in ["0", "63M", "2M", "8G"] {
-            assert!(parse_ring(text).is_err(), "{text}");
+            assert!(options::ring_bytes(text).is_err(), "{text}");
         }
     }
 

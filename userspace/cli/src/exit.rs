@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use dtloop_api::{ClientError, FailureCode};
 
-use crate::preflight::Refusals;
+use dtloop_manage::preflight::Refusals;
 
 /// The table in `--help`; kept in step with [`Code`] by a test.
 pub(crate) const HELP: &str = "\
@@ -20,6 +20,7 @@ Exit codes:
   6    the agent does not run
   7    refused, nothing was changed
   8    no permission
+  9    done for some of the entries, not for all
   130  interrupted";
 
 /// How a command ended.
@@ -34,6 +35,7 @@ pub(crate) enum Code {
     NoAgent,
     Refused,
     NoPermission,
+    Partly,
     Interrupted,
 }
 
@@ -54,6 +56,7 @@ impl Code {
             Self::NoAgent => 6,
             Self::Refused => 7,
             Self::NoPermission => 8,
+            Self::Partly => 9,
             Self::Interrupted => 130,
         }
     }
@@ -121,7 +124,7 @@ impl From<Code> for ExitCode {
 mod tests {
     use super::*;
 
-    const ALL: [Code; 10] = [
+    const ALL: [Code; 11] = [
         Code::Done,
         Code::Failed,
         Code::Usage,
@@ -131,6 +134,7 @@ mod tests {
         Code::NoAgent,
         Code::Refused,
         Code::NoPermission,
+        Code::Partly,
         Code::Interrupted,
     ];
 

@@ -32,8 +32,13 @@ pub(crate) fn note(note: &str) {
     let _ = writeln!(io::stderr(), "dtloop: {note}");
 }
 
-/// Shows an error with its causes, each once.
+/// Shows an error with its causes.
 pub(crate) fn error(error: &anyhow::Error) {
+    note(&chain(error));
+}
+
+/// An error with its causes, each once.
+pub(crate) fn chain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
@@ -41,7 +46,7 @@ pub(crate) fn error(error: &anyhow::Error) {
             text = format!("{}: {cause}", text.trim_end_matches('.'));
         }
     }
-    note(&text);
+    text
 }
 
 /// Lines up columns; the last one is not padded. Columns in `right` are aligned to the right.

@@ -11,10 +11,15 @@ use std::process::{Command, Output};
 use std::thread;
 
 /// Every command with the least that it takes.
-const COMMANDS: [&[&str]; 15] = [
+const COMMANDS: [&[&str]; 20] = [
     &["devices"],
     &["attach", "/dev/null"],
     &["detach", "1"],
+    &["config", "add", "/dev/null"],
+    &["config", "remove", "1"],
+    &["config", "list"],
+    &["config", "check"],
+    &["config", "edit"],
     &["status"],
     &["resize", "1"],
     &["set", "db", "--policy", "track"],
@@ -57,14 +62,35 @@ impl Place {
     }
 
     fn run<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Ran {
-        let output = Command::new(env!("CARGO_BIN_EXE_dtloop"))
-            .args(args)
-            .env("DTLOOP_SOCKET", self.path("agent.sock"))
-            .env("DTLOOP_CONTROL", self.path("dtloop-control"))
-            .env("DTLOOP_RUN", self.path("run"))
+        self.run_program(env!("CARGO_BIN_EXE_dtloop"), args)
+    }
+
+    /// With that editor.
+    fn edit(&self, editor: &str) -> Ran {
+        let output = self
+            .command(env!("CARGO_BIN_EXE_dtloop"))
+            .args(["config", "edit"])
+            .env("VISUAL", editor)
             .output()
             .expect("the program");
         ran(&output)
+    }
+
+    fn run_program<S: AsRef<std::ffi::OsStr>>(&self, program: &str, args: &[S]) -> Ran {
+        let output = self.command(program).args(args).output();
+        ran(&output.expect("the program"))
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command
+            .env("DTLOOP_SOCKET", self.path("agent.sock"))
+            .env("DTLOOP_CONTROL", self.path("dtloop-control"))
+            .env("DTLOOP_RUN", self.path("run"))
+            .env("DTLOOP_ENTRIES", self.path("devices"))
+            .env("DTLOOP_NUMBERS", self.path("numbers"))
+            .stdin(std::process::Stdio::null());
+        command
     }
 
     /// An agent that answers one request with these lines; returns the request.
@@ -334,4 +360,134 @@ fn pairing_says_what_is_wrong_and_changes_nothing() {
     );
     let missing = place.run(&["peers", "--config", "/nonexistent.toml"]);
     assert!(missing.code != 0 && missing.err.contains("/nonexistent.toml"));
+}
+
+fn entries(place: &Place) -> String {
+    std::fs::read_to_string(place.path("devices")).unwrap_or_default()
+}
+
+#[test]
+fn entries_are_added_listed_checked_and_removed() {
+    let place = Place::new();
+    let add = ["config", "add", "/dev/nosuch", "1", "-o", "set=db,volume=v"];
+    let refused = place.run(&add);
+    assert_eq!(refused.code, 7, "{}", refused.err);
+    assert!(refused.err.contains("does not exist"), "{}", refused.err);
+    assert!(!place.path("devices").exists(), "nothing was changed");
+    let mut forced = add.to_vec();
+    forced.push("--force");
+    assert_eq!(place.run(&forced).code, 0);
+    assert_eq!(
+        entries(&place),
+        "/dev/nosuch\t/dev/loop1\tset=db,volume=v\n"
+    );
+    let list = place.run(&["config", "list", "--json"]);
+    let list: serde_json::Value = serde_json::from_str(&list.out).expect("JSON");
+    assert_eq!(list["entries"][0]["state"], "missing");
+    assert_eq!(list["entries"][0]["set"], "db");
+    let check = place.run(&["config", "check"]);
+    assert_eq!(check.code, 7);
+    assert!(
+        check
+            .out
+            .contains("devices:1:1: /dev/nosuch: it does not exist"),
+        "{}",
+        check.out
+    );
+    let again = place.run(&forced);
+    assert_eq!(again.code, 0, "insisted on: {}", again.err);
+    assert!(again.err.contains("is in line 1 already"), "{}", again.err);
+    let unclear = place.run(&["config", "remove", "loop1"]);
+    assert_eq!(unclear.code, 7, "{}", unclear.err);
+    assert!(unclear.err.contains("lines 1 and 2"), "{}", unclear.err);
+    std::fs::write(place.path("devices"), "# mine\n/dev/nosuch 1\n").expect("a file");
+    assert_eq!(place.run(&["config", "remove", "/dev/nosuch"]).code, 0);
+    assert_eq!(entries(&place), "# mine\n");
+    assert_eq!(place.run(&["config", "remove", "/dev/nosuch"]).code, 7);
+    assert_eq!(place.run(&["config", "check"]).code, 0);
+}
+
+#[test]
+fn bad_entries_on_the_command_line_are_usage_errors() {
+    let place = Place::new();
+    for (args, word) in [
+        (&["config", "add", "vdb"][..], "whole path"),
+        (&["config", "add", "SERIAL=1"], "UUID="),
+        (&["config", "add", "/dev/null", "x"], "/dev/loopN"),
+        (
+            &["config", "add", "/dev/null", "1", "-o", "ro,ring=3"],
+            "power of two",
+        ),
+        (
+            &["config", "add", "/dev/null", "1", "-o", "encryption=des"],
+            "luks2",
+        ),
+        (
+            &[
+                "config",
+                "add",
+                "/dev/null",
+                "1",
+                "-o",
+                "encryption=luks2,key=geheim",
+            ],
+            "never the key",
+        ),
+        (&["attach"], "<DEVICE>"),
+        (&["attach", "/dev/null", "--all"], "--all"),
+        (&["attach", "--all", "--set", "db"], "--all"),
+        (&["detach", "--all", "--force"], "--all"),
+    ] {
+        let ran = place.run(args);
+        assert_eq!(ran.code, 2, "{args:?}: {}", ran.err);
+        assert!(ran.err.contains(word), "{args:?}: {}", ran.err);
+    }
+    assert!(!place.path("devices").exists());
+}
+
+#[test]
+fn an_edit_is_taken_whole_and_good_or_not_at_all() {
+    let place = Place::new();
+    std::fs::write(place.path("devices"), "# mine\n").expect("a file");
+    let failed = place.edit("false");
+    assert_eq!(failed.code, 1);
+    assert!(failed.err.contains("EDITOR"), "{}", failed.err);
+    assert!(place.edit("true").out.contains("nothing was changed"));
+    let bad = place.edit("echo nonsense >>");
+    assert_eq!(bad.code, 7, "{}", bad.err);
+    assert!(bad.out.contains("devices:2:1:"), "{}", bad.out);
+    assert_eq!(entries(&place), "# mine\n");
+    let raced = place.edit(&format!(
+        "echo '# theirs' >{}; echo '# more' >>",
+        place.path("devices").display()
+    ));
+    assert_eq!(raced.code, 1, "{}", raced.err);
+    assert_eq!(entries(&place), "# theirs\n");
+    let good = place.edit("echo '# more' >>");
+    assert_eq!(good.code, 0, "{}", good.err);
+    assert_eq!(entries(&place), "# theirs\n# more\n");
+}
+
+#[test]
+fn without_entries_there_is_nothing_to_attach_and_with_them_the_module_is_needed() {
+    let place = Place::new();
+    let dtmount = env!("CARGO_BIN_EXE_dtmount");
+    let ran = place.run_program(dtmount, &["start"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.out.contains("has no entries"), "{}", ran.out);
+    std::fs::write(place.path("devices"), "/dev/nosuch 1\n").expect("a file");
+    for args in [&["start"][..], &["start", "--wait", "1m"]] {
+        let ran = place.run_program(dtmount, args);
+        assert_eq!(ran.code, 5, "{}", ran.err);
+        assert!(ran.err.contains("modprobe dtloop"), "{}", ran.err);
+    }
+    assert_eq!(place.run(&["attach", "--all"]).code, 5);
+    assert_eq!(place.run_program(dtmount, &["stop"]).code, 0);
+    assert!(
+        place
+            .run_program(dtmount, &["status"])
+            .out
+            .contains("/dev/nosuch")
+    );
+    assert_eq!(place.run_program(dtmount, &["--help"]).code, 0);
 }

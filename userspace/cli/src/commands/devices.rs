@@ -2,15 +2,18 @@
 
 //! `dtloop devices`
 
+use dtloop_manage::gather::Gatherer;
+use dtloop_manage::loop_path;
+use dtloop_manage::preflight::{Facts, Wish, judge};
+use dtloop_manage::size;
+use dtloop_manage::system::Signature;
 use serde::Serialize;
 
-use super::{Context, attached};
+use super::Context;
+use super::fleet::attached;
 use crate::args::Devices;
-use crate::commands::gather::Gatherer;
 use crate::exit::Code;
-use crate::preflight::{Facts, Wish, judge};
-use crate::system::Signature;
-use crate::{output, size};
+use crate::output;
 
 #[derive(Debug, Serialize)]
 struct Row {
@@ -24,16 +27,11 @@ struct Row {
 }
 
 pub(crate) fn run(context: &Context<'_>, args: &Devices) -> anyhow::Result<Code> {
-    // Without the module nothing is attached.
-    let attached = match context.control() {
-        Ok(control) => attached(&control)?,
-        Err(dtloop_abi::Error::NoModule | dtloop_abi::Error::NoPermission { .. }) => Vec::new(),
-        Err(error) => return Err(error.into()),
-    };
-    let gatherer = Gatherer::new(&context.system, &attached);
+    let attached = attached(context)?;
+    let gatherer = Gatherer::new(&context.manager.system, &attached);
     let mut rows = Vec::new();
-    for name in context.system.block_names() {
-        let Some(device) = context.system.block(&name) else {
+    for name in context.manager.system.block_names() {
+        let Some(device) = context.manager.system.block(&name) else {
             continue;
         };
         // What was never set up is of interest to nobody.
@@ -70,7 +68,7 @@ fn row(facts: &Facts) -> Row {
         content: facts.signatures.clone(),
         usable: reasons.is_empty(),
         reasons,
-        attached_to: facts.attached.map(super::loop_path),
+        attached_to: facts.attached.map(loop_path),
     }
 }
 
@@ -110,7 +108,7 @@ fn table(rows: &[Row], all: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::system::BlockDevice;
+    use dtloop_manage::system::BlockDevice;
 
     #[test]
     fn the_list_says_why_a_device_is_missing() {

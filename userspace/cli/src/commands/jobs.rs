@@ -9,13 +9,16 @@ use anyhow::Context as _;
 use dtloop_api::{
     ClientError, MirrorKind, MirrorResult, Outcome, Reply, Request, VerifyResult, WaitResult,
 };
+use dtloop_manage::attach::loop_number;
+use dtloop_manage::size;
+use dtloop_manage::{Manager, find_device, loop_path};
 
+use super::Context;
 use super::progress::Display;
 use super::verify_log;
-use super::{Context, attached, find_device};
-use crate::args::{Mirror, Resync, Selection, Verify, Wait, loop_number};
+use crate::args::{Mirror, Resync, Selection, Verify, Wait};
 use crate::exit::Code;
-use crate::{output, size};
+use crate::output;
 
 pub(crate) fn mirror(context: &Context<'_>, args: &Mirror) -> anyhow::Result<Code> {
     let (request, done) = match args {
@@ -110,8 +113,8 @@ fn select(context: &Context<'_>, selection: &Selection) -> anyhow::Result<(Strin
     let numbers = match numbers {
         Some(numbers) => numbers,
         None => {
-            let devices = attached(&context.control()?)?;
-            let find = |text: &String| find_device(&context.system, &devices, text);
+            let devices = Manager::attached(&context.control()?)?;
+            let find = |text: &String| find_device(&context.manager.system, &devices, text);
             let found = selection.devices.iter().map(find);
             let number = |device: Result<dtloop_abi::raw::DeviceStatus, _>| {
                 device.map(|device| device.loop_number())
@@ -177,7 +180,7 @@ fn judge(outcome: &Outcome, done: &str) -> Result<(String, Code), ClientError> {
     Ok(match outcome {
         Outcome::Ok => (format!("{done}\n"), Code::Done),
         Outcome::Started(numbers) => {
-            let names: Vec<String> = numbers.iter().map(|n| super::loop_path(*n)).collect();
+            let names: Vec<String> = numbers.iter().map(|n| loop_path(*n)).collect();
             (format!("{done}: {}\n", names.join(", ")), Code::Done)
         }
         Outcome::Mirror(results) => both(results.iter().map(mirrored).collect()),

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use dtloop_agent::config::{CONFIG_PATH, Config, STATE_DIR};
 use dtloop_agent::pairing::{self, PairError};
+use dtloop_manage::preflight::Refusals;
 use dtloop_trust::{PairingCode, Vault};
 use serde::Serialize;
 
@@ -15,7 +16,6 @@ use super::Context;
 use crate::args::{Pair, Peers, TrustFiles, Unpair};
 use crate::exit::{Code, Usage};
 use crate::output;
-use crate::preflight::Refusals;
 
 impl TrustFiles {
     /// The agent's state directory, as the agent would find it.

@@ -8,10 +8,11 @@ use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
 use dtloop_api::{DeviceProgress, Job, Progress, WaitProgress};
+use dtloop_manage::size;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::output;
 use crate::rate::Rate;
-use crate::{output, size};
 
 /// Without a terminal, a line for each device that often: a mirror of an hour makes 120 lines.
 const LINE_EVERY: Duration = Duration::from_secs(30);

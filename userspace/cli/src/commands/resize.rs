@@ -5,23 +5,30 @@
 use anyhow::Context as _;
 use dtloop_abi::Throttle;
 use dtloop_abi::raw::{self, SECTOR_BYTES};
+use dtloop_manage::attach;
+use dtloop_manage::detach::users;
+use dtloop_manage::preflight::Refusals;
+use dtloop_manage::size;
+use dtloop_manage::{Manager, find_device, loop_path, patient};
 use serde_json::json;
 
-use super::detach::users;
-use super::{Context, attached, find_device, loop_path, patient};
+use super::Context;
 use crate::args::{Policy, Resize, Set};
 use crate::exit::{Code, Usage};
-use crate::preflight::Refusals;
-use crate::{output, size};
+use crate::output;
 
 pub(crate) fn run(context: &Context<'_>, args: &Resize) -> anyhow::Result<Code> {
     let control = context.control()?;
-    let (device, sectors) = context.change(&control, || {
-        let device = find_device(&context.system, &attached(&control)?, &args.device)?;
+    let (device, sectors) = context.manager.change(&control, || {
+        let device = find_device(
+            &context.manager.system,
+            &Manager::attached(&control)?,
+            &args.device,
+        )?;
         let number = device.loop_number();
         let sectors = patient(
             || control.resize(number, args.size_limit.unwrap_or(0)),
-            || users(&context.system, number).is_passing(),
+            || users(&context.manager.system, number).is_passing(),
         )
         .with_context(|| format!("{} was not resized", loop_path(number)))?;
         Ok((device, sectors))
@@ -76,9 +83,13 @@ pub(crate) fn set(context: &Context<'_>, args: &Set) -> anyhow::Result<Code> {
             delay_ms,
         };
         control
-            .set_policy(stream.stream_id, policy.to_raw(), throttle)
+            .set_policy(
+                stream.stream_id,
+                attach::Policy::from(policy).to_raw(),
+                throttle,
+            )
             .with_context(|| format!("set {name} was not changed"))?;
-        let policy = policy_name(policy.to_raw());
+        let policy = policy_name(attach::Policy::from(policy).to_raw());
         let value = json!({ "set": name, "policy": policy });
         report(context, &value, &format!("policy {policy}"), name)?;
     }

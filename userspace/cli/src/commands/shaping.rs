@@ -8,11 +8,12 @@ use dtloop_api::{
     Bandwidth, BandwidthChange, ClientError, Compression, LimitSource, Outcome, Pace, Request,
     Shaping,
 };
+use dtloop_manage::size;
 
 use super::Context;
 use crate::args;
 use crate::exit::Code;
-use crate::{output, size};
+use crate::output;
 
 pub(crate) fn run(context: &Context<'_>, args: &args::Bandwidth) -> anyhow::Result<Code> {
     let change = match &args.limit {

@@ -9,15 +9,16 @@ use dtloop_api::{
     ClientError, Connection, DeviceState, DeviceStatus, Ladder, QueueStatus, Rung, SetStatus,
     VerifyResult,
 };
+use dtloop_manage::preflight::Refusals;
+use dtloop_manage::system::DevNumber;
+use dtloop_manage::{Manager, loop_path, size};
 use serde_json::{Map, Value, json};
 
 use super::resize::policy_name;
-use super::{Context, attached, intent, loop_path};
+use super::{Context, intent};
 use crate::args::Status;
 use crate::exit::Code;
-use crate::preflight::Refusals;
-use crate::system::DevNumber;
-use crate::{clock, output, size};
+use crate::{clock, output};
 
 pub(crate) fn run(context: &Context<'_>, args: &Status) -> anyhow::Result<Code> {
     let picture = Picture::take(context, args.set.as_ref().map(dtloop_abi::Name::as_str))?;
@@ -71,7 +72,7 @@ impl Picture {
         match context.control() {
             Ok(control) => {
                 let streams = control.streams().collect::<Result<Vec<_>, _>>()?;
-                let devices = attached(&control)?;
+                let devices = Manager::attached(&control)?;
                 picture.add_kernel(&streams, &devices);
                 for set in &mut picture.sets {
                     let id = set.stream.as_ref().map(|stream| stream.stream_id);

@@ -7,7 +7,7 @@ use std::time::Duration;
 const UNITS: [(char, u32); 5] = [('K', 10), ('M', 20), ('G', 30), ('T', 40), ('P', 50)];
 
 /// Reads a number of bytes with an optional binary suffix: `4096`, `64K`, `64KiB`, `1G`.
-pub(crate) fn parse(text: &str) -> Result<u64, String> {
+pub fn parse(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -42,7 +42,7 @@ fn shift_of(suffix: &str) -> Option<u32> {
 }
 
 /// Reads a duration: `90`, `90s`, `5m`, `1h`, `500ms`.
-pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -64,7 +64,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
 }
 
 /// A number of bytes for people: exact when it is short, else three figures.
-pub(crate) fn bytes(value: u64) -> String {
+pub fn bytes(value: u64) -> String {
     let Some((letter, shift)) = UNITS.iter().rev().find(|(_, shift)| value >> shift > 0) else {
         return format!("{value} B");
     };
@@ -83,7 +83,7 @@ pub(crate) fn bytes(value: u64) -> String {
 }
 
 /// A duration for people, in its two largest units.
-pub(crate) fn duration(value: Duration) -> String {
+pub fn duration(value: Duration) -> String {
     let seconds = value.as_secs();
     let (d, h, m, s) = (
         seconds / 86_400,

@@ -8,18 +8,14 @@ use super::DevNumber;
 
 /// Devices in use by mounts and swap.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Uses {
+pub struct Uses {
     mounts: BTreeMap<DevNumber, Vec<String>>,
     swaps: Vec<DevNumber>,
 }
 
 impl Uses {
     /// Reads `/proc/self/mountinfo` and `/proc/swaps`; `dev_of` looks paths up.
-    pub(crate) fn parse(
-        mountinfo: &str,
-        swaps: &str,
-        dev_of: impl Fn(&str) -> Option<DevNumber>,
-    ) -> Self {
+    pub fn parse(mountinfo: &str, swaps: &str, dev_of: impl Fn(&str) -> Option<DevNumber>) -> Self {
         let mut uses = Self::default();
         for line in mountinfo.lines() {
             let Some(mount) = Mount::parse(line) else {
@@ -49,12 +45,12 @@ impl Uses {
     }
 
     /// Where a device is mounted.
-    pub(crate) fn mounts(&self, dev: DevNumber) -> &[String] {
+    pub fn mounts(&self, dev: DevNumber) -> &[String] {
         self.mounts.get(&dev).map_or(&[], Vec::as_slice)
     }
 
     /// True when it is swapped to.
-    pub(crate) fn is_swap(&self, dev: DevNumber) -> bool {
+    pub fn is_swap(&self, dev: DevNumber) -> bool {
         self.swaps.contains(&dev)
     }
 }
@@ -79,7 +75,7 @@ impl Mount {
 }
 
 /// Undoes the kernel's `\040` for blanks and the like.
-fn unescape(text: &str) -> String {
+pub(crate) fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, tail)) = rest.split_first() {

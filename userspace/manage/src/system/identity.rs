@@ -21,7 +21,7 @@ const MARKS: [&str; 8] = [
 impl System {
     /// A fingerprint of the disk (and the partition) that a block device is, and of where on it the data begins. All
     /// zero: the disk does not tell who it is.
-    pub(crate) fn identity(&self, name: &str, offset_bytes: u64) -> [u8; 16] {
+    pub fn identity(&self, name: &str, offset_bytes: u64) -> [u8; 16] {
         let Some(device) = self.block(name) else {
             return [0; 16];
         };
@@ -43,7 +43,7 @@ impl System {
     }
 
     /// Which machine this is, from its machine-id; all zero if it has none.
-    pub(crate) fn machine(&self) -> [u8; 16] {
+    pub fn machine(&self) -> [u8; 16] {
         let id = trimmed(&self.path("/etc/machine-id")).unwrap_or_default();
         let parse = |at: usize| u8::from_str_radix(id.get(at..at + 2)?, 16).ok();
         let mut machine = [0; 16];
@@ -54,7 +54,7 @@ impl System {
     }
 
     /// The first of `wanted` that the device with this name is, is a partition of, or is built upon.
-    pub(crate) fn built_on<'a>(&self, name: &str, wanted: &'a [String]) -> Option<&'a str> {
+    pub fn built_on<'a>(&self, name: &str, wanted: &'a [String]) -> Option<&'a str> {
         let mut waiting = vec![name.to_owned()];
         let mut seen = vec![];
         while let Some(name) = waiting.pop() {
@@ -76,7 +76,7 @@ impl System {
     }
 
     /// The block device that the file system of a file lies on.
-    pub(crate) fn device_of_file(&self, path: &Path) -> Option<String> {
+    pub fn device_of_file(&self, path: &Path) -> Option<String> {
         use std::os::unix::fs::MetadataExt;
         let dev = std::fs::metadata(path).ok()?.dev();
         self.name_of(super::DevNumber::from_raw(dev))

@@ -10,68 +10,94 @@ use crate::system::{BlockDevice, Signature};
 
 /// What is known about a device.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Facts {
-    pub(crate) device: BlockDevice,
+pub struct Facts {
+    /// As sysfs shows it.
+    pub device: BlockDevice,
     /// Mount points of the device itself.
-    pub(crate) mounts: Vec<String>,
+    pub mounts: Vec<String>,
     /// It is swapped to.
-    pub(crate) swap: bool,
+    pub swap: bool,
     /// It is attached as this loop device.
-    pub(crate) attached: Option<u32>,
+    pub attached: Option<u32>,
     /// It is one of our loop devices.
-    pub(crate) is_ours: bool,
+    pub is_ours: bool,
     /// Its disk is attached as this loop device.
-    pub(crate) disk_attached: Option<u32>,
+    pub disk_attached: Option<u32>,
     /// Partitions in use, with how.
-    pub(crate) partitions: Vec<(String, String)>,
-    pub(crate) signatures: Vec<Signature>,
+    pub partitions: Vec<(String, String)>,
+    /// What it carries.
+    pub signatures: Vec<Signature>,
     /// The kernel says that somebody holds it.
-    pub(crate) held: bool,
+    pub held: bool,
     /// Why it cannot be read.
-    pub(crate) unreadable: Option<String>,
+    pub unreadable: Option<String>,
 }
 
 /// How it is to be attached.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Wish {
-    pub(crate) offset: u64,
-    pub(crate) size_limit: Option<u64>,
-    pub(crate) read_only: bool,
-    pub(crate) allow_signature: bool,
+pub struct Wish {
+    /// First byte used.
+    pub offset: u64,
+    /// Most bytes used.
+    pub size_limit: Option<u64>,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// The signature of swap or LVM does not matter.
+    pub allow_signature: bool,
 }
 
 /// Something that speaks against it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Refusal {
+pub enum Refusal {
+    /// To this loop number, already.
     Attached(u32),
+    /// Its disk is, to this loop number.
     DiskAttached(String, u32),
+    /// It is a loop device of ours.
     Ours,
+    /// It has no size.
     Empty,
+    /// It is written in zones.
     Zoned,
+    /// On these places.
     Mounted(Vec<String>),
+    /// It is swapped to.
     Swap,
+    /// It looks like swap.
     SwapSignature,
+    /// It looks like a physical volume of LVM.
     LvmSignature,
+    /// These are built upon it.
     Holders(Vec<String>),
+    /// This partition is in use, in this way.
     PartitionInUse(String, String),
+    /// Somebody has it exclusively.
     Held,
+    /// For this reason.
     Unreadable(String),
+    /// It takes no writes.
     ReadOnly,
+    /// This figure is no multiple of that many bytes.
     Unaligned(&'static str, u64),
+    /// It ends here.
     OffsetBeyond(u64),
+    /// It has so many bytes behind the offset.
     LimitBeyond(u64),
 }
 
 /// All that speaks against attaching a device; nothing was changed.
 #[derive(Debug, thiserror::Error)]
-pub(crate) struct Refusals {
-    pub(crate) what: String,
-    pub(crate) reasons: Vec<String>,
+pub struct Refusals {
+    /// What was to be changed.
+    pub what: String,
+    /// Why it was not.
+    pub reasons: Vec<String>,
 }
 
 impl Refusals {
     /// A single reason.
-    pub(crate) fn one(what: impl Into<String>, reason: impl fmt::Display) -> Self {
+    #[must_use]
+    pub fn one(what: impl Into<String>, reason: impl fmt::Display) -> Self {
         Self {
             what: what.into(),
             reasons: vec![reason.to_string()],
@@ -139,7 +165,8 @@ impl fmt::Display for Refusal {
 }
 
 /// Judges. The first reason is the most telling one.
-pub(crate) fn judge(facts: &Facts, wish: &Wish) -> Vec<Refusal> {
+#[must_use]
+pub fn judge(facts: &Facts, wish: &Wish) -> Vec<Refusal> {
     let mut refusals = users(facts);
     let device = &facts.device;
     if !wish.allow_signature && refusals.is_empty() {

@@ -15,19 +15,22 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{major, minor};
 
-pub(crate) use mounts::Uses;
-pub(crate) use signature::{PROBE_BYTES, Signature, probe};
+pub use mounts::Uses;
+pub(crate) use mounts::unescape;
+pub use signature::{PROBE_BYTES, Signature, probe};
 
 /// Number of a block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct DevNumber {
-    pub(crate) major: u64,
-    pub(crate) minor: u64,
+pub struct DevNumber {
+    /// Of the driver.
+    pub major: u64,
+    /// Of the device.
+    pub minor: u64,
 }
 
 impl DevNumber {
     /// From `st_rdev` or a number that the module reports.
-    pub(crate) const fn from_raw(raw: u64) -> Self {
+    pub const fn from_raw(raw: u64) -> Self {
         Self {
             major: major(raw),
             minor: minor(raw),
@@ -51,44 +54,55 @@ impl fmt::Display for DevNumber {
 
 /// The machine, or for tests a directory that looks like one.
 #[derive(Clone, Debug)]
-pub(crate) struct System {
+pub struct System {
     root: PathBuf,
+}
+
+impl Default for System {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// A block device as sysfs shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct BlockDevice {
+pub struct BlockDevice {
     /// The kernel's name.
-    pub(crate) name: String,
-    pub(crate) number: Option<DevNumber>,
-    pub(crate) size_bytes: u64,
-    pub(crate) block_bytes: u64,
-    pub(crate) read_only: bool,
-    pub(crate) zoned: bool,
+    pub name: String,
+    /// Its number.
+    pub number: Option<DevNumber>,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Logical block size.
+    pub block_bytes: u64,
+    /// It takes no writes.
+    pub read_only: bool,
+    /// It is written in zones.
+    pub zoned: bool,
     /// The disk that it is a partition of.
-    pub(crate) disk: Option<String>,
+    pub disk: Option<String>,
     /// Its partitions.
-    pub(crate) partitions: Vec<String>,
+    pub partitions: Vec<String>,
     /// What is built upon it, as people know it.
-    pub(crate) holders: Vec<String>,
+    pub holders: Vec<String>,
     /// For a bound stock loop device: its file.
-    pub(crate) backing_file: Option<String>,
+    pub backing_file: Option<String>,
 }
 
 impl BlockDevice {
     /// The device's path.
-    pub(crate) fn path(&self) -> String {
+    pub fn path(&self) -> String {
         node(&self.name)
     }
 
     /// The number N of loopN.
-    pub(crate) fn loop_number(&self) -> Option<u32> {
+    pub fn loop_number(&self) -> Option<u32> {
         self.name.strip_prefix("loop")?.parse().ok()
     }
 }
 
 /// The path of a device that the kernel calls so: `cciss!c0d0` is `/dev/cciss/c0d0`.
-pub(crate) fn node(name: &str) -> String {
+pub fn node(name: &str) -> String {
     format!("/dev/{}", name.replace('!', "/"))
 }
 
@@ -113,7 +127,8 @@ fn names(path: &Path) -> Vec<String> {
 
 impl System {
     /// This machine.
-    pub(crate) fn new() -> Self {
+    #[must_use]
+    pub fn new() -> Self {
         Self { root: "/".into() }
     }
 
@@ -122,23 +137,25 @@ impl System {
         Self { root: root.into() }
     }
 
-    pub(crate) fn path(&self, path: &str) -> PathBuf {
+    /// Where a path of the machine is.
+    #[must_use]
+    pub fn path(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
 
     /// True when the stock loop driver is there. Asked of sysfs, because opening
     /// `/dev/loop-control` would load it.
-    pub(crate) fn has_stock_loop(&self) -> bool {
+    pub fn has_stock_loop(&self) -> bool {
         self.path("/sys/class/misc/loop-control").exists()
     }
 
     /// Names of all block devices.
-    pub(crate) fn block_names(&self) -> Vec<String> {
+    pub fn block_names(&self) -> Vec<String> {
         names(&self.path("/sys/class/block"))
     }
 
     /// A block device by the kernel's name.
-    pub(crate) fn block(&self, name: &str) -> Option<BlockDevice> {
+    pub fn block(&self, name: &str) -> Option<BlockDevice> {
         let dir = fs::canonicalize(self.path("/sys/class/block").join(name)).ok()?;
         let partition = dir.join("partition").exists();
         let disk_dir = if partition { dir.parent()? } else { &dir };
@@ -175,22 +192,34 @@ impl System {
         }
     }
 
+    /// The name of a device-mapper device below `/dev/mapper`.
+    #[must_use]
+    pub fn mapped_name(&self, name: &str) -> Option<String> {
+        trimmed(&self.path("/sys/class/block").join(name).join("dm/name"))
+    }
+
+    /// What a device is built upon, by the kernel's names.
+    #[must_use]
+    pub fn slaves(&self, name: &str) -> Vec<String> {
+        names(&self.path("/sys/class/block").join(name).join("slaves"))
+    }
+
     /// The kernel's name of a device number.
-    pub(crate) fn name_of(&self, dev: DevNumber) -> Option<String> {
+    pub fn name_of(&self, dev: DevNumber) -> Option<String> {
         let link = self.path("/sys/dev/block").join(dev.to_string());
         let dir = fs::canonicalize(link).ok()?;
         Some(dir.file_name()?.to_str()?.to_owned())
     }
 
     /// The number of the block device at a path.
-    pub(crate) fn dev_number(path: &Path) -> io::Result<Option<DevNumber>> {
+    pub fn dev_number(path: &Path) -> io::Result<Option<DevNumber>> {
         let meta = fs::metadata(path)?;
         let block = meta.file_type().is_block_device();
         Ok(block.then(|| DevNumber::from_raw(meta.rdev())))
     }
 
     /// What is mounted and swapped to.
-    pub(crate) fn uses(&self) -> Uses {
+    pub fn uses(&self) -> Uses {
         let read = |path| fs::read_to_string(self.path(path)).unwrap_or_default();
         let dev_of = |path: &str| Self::dev_number(Path::new(path)).ok().flatten();
         Uses::parse(&read("/proc/self/mountinfo"), &read("/proc/swaps"), dev_of)
@@ -198,7 +227,7 @@ impl System {
 
     /// Programs that have one of these devices open, as "name (pid)". What may not be looked at
     /// is left out.
-    pub(crate) fn openers(&self, paths: &[String]) -> Vec<String> {
+    pub fn openers(&self, paths: &[String]) -> Vec<String> {
         let mut found = BTreeMap::new();
         for pid in names(&self.path("/proc")) {
             // This program itself may have been started with the device open.
@@ -220,8 +249,31 @@ impl System {
         found.into_values().collect()
     }
 
+    /// Programs that use something below a mount point, as "name (pid)". What may not be looked at is left out.
+    #[must_use]
+    pub fn users_of_mount(&self, place: &str) -> Vec<String> {
+        let mut found = BTreeMap::new();
+        let is_below = |link: PathBuf| fs::read_link(link).is_ok_and(|to| to.starts_with(place));
+        for pid in names(&self.path("/proc")) {
+            let Ok(number) = pid.parse::<u32>() else {
+                continue;
+            };
+            let dir = self.path("/proc").join(&pid);
+            let opens = fs::read_dir(dir.join("fd")).into_iter().flatten().flatten();
+            let mut links = ["cwd", "root", "exe"]
+                .map(|link| dir.join(link))
+                .into_iter()
+                .chain(opens.map(|entry| entry.path()));
+            if links.any(is_below) {
+                let name = trimmed(&dir.join("comm")).unwrap_or_default();
+                found.insert(number, format!("{name} ({pid})"));
+            }
+        }
+        found.into_values().collect()
+    }
+
     /// The loop devices that the stock driver may have: all but `ours`. With true for bound ones.
-    pub(crate) fn stock_loops(&self, ours: &[u32]) -> BTreeMap<u32, bool> {
+    pub fn stock_loops(&self, ours: &[u32]) -> BTreeMap<u32, bool> {
         let mut loops = BTreeMap::new();
         for name in self.block_names() {
             let number = name.strip_prefix("loop").and_then(|n| n.parse().ok());

@@ -15,14 +15,16 @@ use crate::preflight::Facts;
 use crate::system::{BlockDevice, DevNumber, PROBE_BYTES, System, Uses, probe};
 
 /// Looks at devices one after the other; what is the same for all is read once.
-pub(crate) struct Gatherer<'a> {
+pub struct Gatherer<'a> {
     system: &'a System,
     uses: Uses,
     attached: &'a [raw::DeviceStatus],
 }
 
 impl<'a> Gatherer<'a> {
-    pub(crate) fn new(system: &'a System, attached: &'a [raw::DeviceStatus]) -> Self {
+    /// For this machine, with these devices of the module.
+    #[must_use]
+    pub fn new(system: &'a System, attached: &'a [raw::DeviceStatus]) -> Self {
         Self {
             system,
             uses: system.uses(),
@@ -80,7 +82,7 @@ impl<'a> Gatherer<'a> {
     }
 
     /// Everything about a device.
-    pub(crate) fn facts(&self, device: BlockDevice) -> Facts {
+    pub fn facts(&self, device: BlockDevice) -> Facts {
         let path = device.path();
         let mut facts = self.outside(device);
         if facts.device.size_bytes == 0 {

@@ -2,8 +2,11 @@
 
 //! Living beside the stock loop driver.
 //!
-//! Two things are done for it. An unbound stock device makes room for one of ours with the same
+//! Three things are done for it. An unbound stock device makes room for one of ours with the same
 //! number, and is put back when ours goes; a file in the run directory remembers that.
+//!
+//! The stock driver registers its first devices when it is loaded, whoever has their names by then: the kernel complains with a
+//! stack dump. So it is loaded before one of ours gets such a number.
 //!
 //! And unbound stock devices are kept on hand while one of our numbers is low. `losetup -f` takes
 //! an unbound stock device; when there is none, the stock driver makes one with the lowest index
@@ -15,12 +18,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::Context as _;
 use dtloop_abi::LoopControl;
 use nix::errno::Errno;
 
-use crate::commands::patient;
+use crate::patient;
 use crate::preflight::Refusals;
 use crate::system::System;
 
@@ -43,7 +47,7 @@ fn plan(stock: &BTreeMap<u32, bool>, ours: &BTreeSet<u32>) -> Vec<u32> {
 }
 
 /// Makes as many unbound stock devices as are needed beside `ours`; returns the new numbers.
-pub(crate) fn top_up(system: &System, ours: &[u32]) -> anyhow::Result<Vec<u32>> {
+pub fn top_up(system: &System, ours: &[u32]) -> anyhow::Result<Vec<u32>> {
     if !system.has_stock_loop() {
         return Ok(Vec::new());
     }
@@ -65,14 +69,25 @@ pub(crate) fn top_up(system: &System, ours: &[u32]) -> anyhow::Result<Vec<u32>> 
     Ok(made)
 }
 
+/// Loads the stock driver, if there is one, before one of ours gets a number that it would register by itself. How many those
+/// are is a parameter of it; numbers of `auto`, from `auto_first` up, are beyond them.
+pub(crate) fn load_first(system: &System, number: u32, auto_first: u32) {
+    if number < auto_first && !system.has_stock_loop() {
+        // Without it there is nothing to collide with.
+        let _ = Command::new("modprobe").args(["--quiet", "loop"]).status();
+    }
+}
+
 /// Remembers which numbers the stock driver gave up.
 #[derive(Debug)]
-pub(crate) struct Borrowed {
+pub struct Borrowed {
     dir: PathBuf,
 }
 
 impl Borrowed {
-    pub(crate) fn new(run_dir: &Path) -> Self {
+    /// In that directory.
+    #[must_use]
+    pub fn new(run_dir: &Path) -> Self {
         Self {
             dir: run_dir.join("stock-loops"),
         }
@@ -83,7 +98,7 @@ impl Borrowed {
     }
 
     /// Has the stock driver give up an unbound device. False: it has none of that number.
-    pub(crate) fn take(&self, system: &System, number: u32) -> anyhow::Result<bool> {
+    pub fn take(&self, system: &System, number: u32) -> anyhow::Result<bool> {
         match system.stock_loops(&[]).get(&number) {
             None => return Ok(false),
             Some(true) => {
@@ -120,7 +135,7 @@ impl Borrowed {
     }
 
     /// Puts a device back that [`Borrowed::take`] took; does nothing for others.
-    pub(crate) fn give_back(&self, system: &System, number: u32) -> anyhow::Result<()> {
+    pub fn give_back(&self, system: &System, number: u32) -> anyhow::Result<()> {
         let note = self.file(number);
         if !note.exists() {
             return Ok(());

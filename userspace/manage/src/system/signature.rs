@@ -10,21 +10,31 @@ use std::fmt;
 use serde::Serialize;
 
 /// How much of a device [`probe`] wants: up to the end of the btrfs superblock's magic.
-pub(crate) const PROBE_BYTES: usize = 128 * 1024;
+pub const PROBE_BYTES: usize = 128 * 1024;
 
 /// Content that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Signature {
+pub enum Signature {
+    /// Swap space.
     Swap,
+    /// A physical volume of LVM.
     LvmPhysicalVolume,
+    /// A LUKS header.
     Luks,
+    /// A member of an md array.
     Raid,
+    /// A bcache device.
     Bcache,
+    /// ext2, ext3 or ext4.
     Ext,
+    /// XFS.
     Xfs,
+    /// btrfs.
     Btrfs,
+    /// A GUID partition table.
     Gpt,
+    /// A partition table in the first sector.
     Mbr,
 }
 
@@ -71,7 +81,7 @@ const MAGICS: [(Signature, usize, &[u8]); 14] = [
 ];
 
 /// Says what the beginning of a device shows, the most telling first.
-pub(crate) fn probe(head: &[u8]) -> Vec<Signature> {
+pub fn probe(head: &[u8]) -> Vec<Signature> {
     let at = |offset: usize, magic: &[u8]| head.get(offset..offset + magic.len()) == Some(magic);
     // LVM looks for its label in the first four sectors.
     let lvm = (0..4).any(|sector| {
