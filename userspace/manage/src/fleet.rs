@@ -74,12 +74,6 @@ pub struct Fleet<'a> {
 }
 
 impl Fleet<'_> {
-    /// What keeps lines from being used, whatever they were to be used for.
-    #[must_use]
-    pub fn unreadable(&self) -> Vec<Finding> {
-        self.lines.entries().1
-    }
-
     /// Attaches every entry that is not attached, and with `no_auto` also those that have that option. Disks that are not
     /// there yet are waited for so long; the others do not wait for them. Tells of each entry as soon as it is known what
     /// became of it.

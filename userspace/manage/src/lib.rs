@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! Managing the devices of this machine: what `dtloop`, `dtsetup` and `dtmount` share.
+//! Managing the devices of this machine: what `dtloop` and `dtmount` share.
 //!
 //! - [`system`]: what the machine says about its block devices; reads only.
 //! - [`preflight`]: what speaks against attaching a device; pure.
