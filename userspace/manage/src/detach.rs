@@ -79,7 +79,8 @@ impl Users {
             reasons.push(format!("open by {}", self.programs.join(", ")));
         }
         if reasons.is_empty() {
-            reasons.push(format!("it is open {} times", device.openers));
+            let plural = if device.openers == 1 { "" } else { "s" };
+            reasons.push(format!("it is open {} time{plural}", device.openers));
         }
         Refusals {
             what: format!("{} is in use", loop_path(device.loop_number())),

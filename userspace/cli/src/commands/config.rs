@@ -55,9 +55,7 @@ fn add(context: &Context<'_>, args: &ConfigAdd) -> anyhow::Result<Code> {
         output::json(&json!({ "added": entry.to_string(), "findings": found }))?;
     } else {
         output::line(&format!("added to {}: {entry}", path.display()))?;
-        output::line(
-            "dtloop attach --all attaches it now; it is attached by itself when the machine starts",
-        )?;
+        output::line("dtloop attach --all attaches it, and so does dtmount start")?;
     }
     Ok(Code::Done)
 }
